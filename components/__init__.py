@@ -1,0 +1,1 @@
+"""Kubeflow Pipelines components: thin, typed, one call each. Import as `qcore.components`."""

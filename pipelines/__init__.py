@@ -1,0 +1,1 @@
+"""Kubeflow pipelines composed of `qcore.components`, and how to run them locally. Import as `qcore.pipelines`."""

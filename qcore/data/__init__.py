@@ -1,0 +1,1 @@
+"""Data-set cards (YAML) and the samples they describe, streamed in batches."""

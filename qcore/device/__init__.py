@@ -1,0 +1,1 @@
+"""What runs on a device: standard library, tuf and zstandard only."""

@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: quantization arithmetic, mergeable statistics, masks, error measures. numpy only."""

@@ -1,0 +1,1 @@
+"""Packages, evidence and the signed repository: what leaves the pipeline."""
