@@ -1,0 +1,80 @@
+"""Recipes: the ordered steps of one compression run, and nothing but their order."""
+
+from pathlib import Path
+from typing import Annotated, Literal, assert_never
+
+import onnx_ir as ir
+from pydantic import Field
+
+from qcore.calibration import CalibrationTable
+from qcore.config import Config, load_config
+from qcore.errors import ConfigError
+from qcore.graph.fold import fold_batchnorm
+from qcore.graph.head import conv_head_to_gemm
+from qcore.graph.rewrite import Rewrite
+from qcore.methods.prune import PruneStep, prune
+from qcore.methods.quantize import QuantizeStep, quantize
+from qcore.target import TargetProfile, shipped_or_file
+
+RECIPES = Path(__file__).with_name("recipes")
+
+
+class FoldBatchnormStep(Config):
+    """The recipe step `fold-batchnorm`; it has no options."""
+
+    method: Literal["fold-batchnorm"] = "fold-batchnorm"
+
+
+class GemmHeadStep(Config):
+    """The recipe step `gemm-head`; it has no options."""
+
+    method: Literal["gemm-head"] = "gemm-head"
+
+
+Step = Annotated[FoldBatchnormStep | GemmHeadStep | PruneStep | QuantizeStep, Field(discriminator="method")]
+
+
+class Recipe(Config):
+    """Steps in the order in which they are applied; at most one `quantize`, and it comes last."""
+
+    name: str = Field(pattern=r"^[a-z0-9.-]+$")
+    description: str = ""
+    steps: tuple[Step, ...] = Field(min_length=1)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a step reads a calibration table."""
+        return any(isinstance(s, QuantizeStep) for s in self.steps)
+
+
+def load_recipe(name: str) -> Recipe:
+    """Return the shipped recipe `name`, or the recipe in the YAML file `name`.
+
+    Raises:
+        ConfigError: there is no such recipe, an unknown field, a value out of range, or a step after `quantize`.
+    """
+    recipe = load_config(shipped_or_file(name, RECIPES, "recipe"), Recipe, "recipe")
+    if any(isinstance(s, QuantizeStep) for s in recipe.steps[:-1]):
+        raise ConfigError(f"recipe {recipe.name}: a step follows quantize; allowed: quantize is the last step")
+    return recipe
+
+
+def apply_step(model: ir.Model, step: Step, target: TargetProfile, table: CalibrationTable | None) -> Rewrite:
+    """Return `model` after one step; `table` is only read by `quantize`.
+
+    Raises:
+        ConfigError: `quantize` without a table.
+    """
+    match step:
+        case FoldBatchnormStep():
+            return fold_batchnorm(model)
+        case GemmHeadStep():
+            return conv_head_to_gemm(model)
+        case PruneStep():
+            return prune(model, step)
+        case QuantizeStep():
+            if table is None:
+                raise ConfigError("step quantize needs a calibration table; run `qcore calibrate` first")
+            return quantize(model, step, target, table)
+        case _:
+            assert_never(step)

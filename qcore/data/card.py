@@ -1,0 +1,111 @@
+"""The data-set card: a YAML file that says where samples are, how they are prepared, and which belong to a split."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from qcore.config import Config, load_config
+from qcore.errors import DataError
+
+Layout = Literal["NCHW", "NHWC", "NC", "N"]
+Floats = float | tuple[float, ...]
+
+
+class Normalize(Config):
+    """`(x - mean) / std`, one number or one per channel, on the values as stored."""
+
+    mean: Floats = 0.0
+    std: Floats = 1.0
+
+
+class Preprocess(Config):
+    """One step; exactly one field is set.
+
+    Sizes are pixels: one number for a square, or [height, width]. Images are resized with Pillow's BICUBIC.
+    """
+
+    resize_shorter: Annotated[int, Field(gt=0)] | None = None
+    resize: int | tuple[int, int] | None = None
+    center_crop: int | tuple[int, int] | None = None
+    normalize: Normalize | None = None
+    scale: float | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "Preprocess":
+        if len(self.model_fields_set) != 1:
+            raise ValueError("a preprocess step holds exactly one of " + ", ".join(sorted(type(self).model_fields)))
+        return self
+
+
+class Split(Config):
+    """Which samples: at most one of `range`, `indices`, `count`, `fraction`, `rest`; none of them means all.
+
+    `count`, `fraction` and `rest` cut a seeded permutation of the samples in the order in which the splits are
+    written. `path` names another file or folder than the card's.
+    """
+
+    path: str | None = None
+    range: tuple[int, int] | None = None
+    indices: tuple[int, ...] | None = None
+    count: int | None = Field(default=None, gt=0)
+    fraction: float | None = Field(default=None, gt=0, le=1)
+    rest: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _at_most_one(self) -> "Split":
+        if len(self.model_fields_set - {"path"}) > 1:
+            raise ValueError("a split holds at most one of range, indices, count, fraction, rest")
+        return self
+
+
+class DataCard(Config):
+    """A data set.
+
+    `path` is relative to the card. `layout` says how arrays are stored, `model_layout` what the model wants (the
+    same when absent; for image folders `layout` alone names what the model wants). `inputs` maps model inputs to
+    arrays of the npz for models with several inputs. `classes` is a list of names, or a text file whose line k
+    starts with the folder name of class k.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    task: Literal["classification", "none"] = "classification"
+    format: Literal["npz", "image_folder"] | None = None
+    path: str | None = None
+    layout: Layout | None = None
+    model_layout: Layout | None = None
+    preprocess: tuple[Preprocess, ...] = ()
+    classes: str | tuple[str, ...] | None = None
+    inputs: dict[str, str] | None = None
+    x: str = "x"
+    y: str = "y"
+    seed: int = 0
+    splits: dict[str, Split]
+    slices: dict[str, tuple[int, ...] | str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seed_among_splits(cls, value: Any) -> Any:
+        """Accept `seed` written beside the split names."""
+        splits = value.get("splits") if isinstance(value, dict) else None
+        if isinstance(splits, dict) and "seed" in splits:
+            splits = dict(splits)
+            value = {**value, "seed": splits.pop("seed"), "splits": splits}
+        return value
+
+
+def load_card(path: Path) -> tuple[DataCard, Path]:
+    """Return the card at `path` (a YAML file, or a folder that holds exactly one) and the folder it is in.
+
+    Raises:
+        DataError: nothing is there, or a folder holds none or several.
+        ConfigError: the card has an unknown field or a wrong value.
+    """
+    if not path.exists():
+        raise DataError(f"data card {path} does not exist; check the path")
+    if path.is_dir():
+        cards = sorted(p for p in path.iterdir() if p.suffix in (".yaml", ".yml"))
+        if len(cards) != 1:
+            raise DataError(f"folder {path} holds {len(cards)} YAML files; allowed: exactly one data card")
+        path = cards[0]
+    return load_config(path, DataCard, "data card"), path.parent

@@ -1,0 +1,283 @@
+"""The gate: is the candidate good enough, given what was measured and how sure we are?
+
+Three outcomes. `pass`: the confidence bound is inside the limit. `fail`: the observed value itself is outside.
+`inconclusive`: the observed value is inside but the bound is not; the check says how many more samples would decide.
+Only pass releases. Pure and deterministic; anything missing is a refusal, never a pass.
+"""
+
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+
+from pydantic import Field, model_validator
+
+from qcore.config import Config
+from qcore.errors import GateRefused
+from qcore.report import Check, EvaluationReport, GateDecision, Outcome
+
+MAX_SAMPLES = 10_000_000
+
+
+class MetricLimit(Config):
+    """Limits of one metric, as fractions of 1: `min` for its own value, `max_drop` against the float baseline."""
+
+    min: float | None = Field(default=None, ge=0, le=1)
+    max_drop: float | None = Field(default=None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _something(self) -> "MetricLimit":
+        if self.min is None and self.max_drop is None:
+            raise ValueError("a metric limit holds min, max_drop, or both")
+        return self
+
+
+class Budgets(Config):
+    """Upper limits that have no sampling error: file size in bytes, and ratios candidate / baseline."""
+
+    size_bytes: int | None = Field(default=None, gt=0)
+    size_ratio: float | None = Field(default=None, gt=0)
+    latency_ratio: float | None = Field(default=None, gt=0)
+
+
+class GatePolicy(Config):
+    """What a release must satisfy.
+
+    `confidence` is one-sided and holds for every check by itself. `top1` needs labels. `agreement` (share of samples
+    on which candidate and baseline name the same class) has no drop, only a minimum.
+    """
+
+    name: str = "default"
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    top1: MetricLimit | None = None
+    agreement: MetricLimit | None = None
+    budgets: Budgets = Budgets()
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> "GatePolicy":
+        if self.top1 is None and self.agreement is None:
+            raise ValueError("a policy limits top1 or agreement; one that asks nothing would pass everything")
+        if self.agreement is not None and self.agreement.max_drop is not None:
+            raise ValueError("agreement has no max_drop; set min")
+        return self
+
+
+def default_policy(task: str) -> GatePolicy:
+    """Return the policy used when none is given: one point at 95 % with labels, 97 % agreement without."""
+    if task == "classification":
+        return GatePolicy(top1=MetricLimit(max_drop=0.01))
+    return GatePolicy(agreement=MetricLimit(min=0.97))
+
+
+def decide(report: EvaluationReport, policy: GatePolicy) -> GateDecision:
+    """Return the decision on the candidate of `report`.
+
+    Raises:
+        GateRefused: the policy limits something that was not measured, or the report contradicts itself.
+    """
+    _check_consistent(report)
+    checks = [*_top1_checks(report, policy), *_agreement_checks(report, policy), *_budget_checks(report, policy)]
+    outcomes = {c.outcome for c in checks}
+    outcome: Outcome = "fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass"
+    return GateDecision(
+        outcome=outcome,
+        checks=tuple(checks),
+        confidence=policy.confidence,
+        n=report.n,
+        model_sha256=report.model.sha256,
+        baseline_sha256=report.baseline.sha256,
+        data_sha256=report.data.sha256,
+        policy_sha256=policy.sha256,
+        report_sha256=report.sha256,
+        qcore_version=report.qcore_version,
+        metrics=dict(report.metrics),
+    )
+
+
+def paired_lower_bound(wins: float, losses: float, n: float, confidence: float) -> float:
+    """Return the one-sided lower confidence bound of `(wins - losses) / n`, the true difference of two paired rates.
+
+    The bound inverts the score test, which keeps its error rate where the normal approximation does not (few or no
+    discordant samples).
+
+    Args:
+        wins: samples that only the candidate has right.
+        losses: samples that only the baseline has right.
+        n: all samples, n >= wins + losses, n > 0.
+        confidence: one-sided, in (0.5, 1).
+
+    Source: Tango 1998, Statistics in Medicine 17:891-908, equations 8 and 10 (restricted maximum likelihood).
+    """
+    z = NormalDist().inv_cdf(confidence)
+    low, high = -1.0, (wins - losses) / n
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _tango_score(wins, losses, n, middle) > z:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def rate_lower_bound(hits: float, n: float, confidence: float) -> float:
+    """Return the one-sided lower confidence bound of a rate observed as `hits / n`.
+
+    Source: Wilson 1927, JASA 22:209-212 (score interval).
+    """
+    z = NormalDist().inv_cdf(confidence)
+    p = hits / n
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - spread) / (1 + z * z / n))
+
+
+def _tango_score(wins: float, losses: float, n: float, delta: float) -> float:
+    """Return Tango's statistic for the hypothesis that the true difference is `delta` (at most the observed one)."""
+    a = 2 * n
+    b = -wins - losses + (2 * n - wins + losses) * delta
+    c = -losses * delta * (1 - delta)
+    q21 = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
+    variance = n * (2 * q21 + delta * (1 - delta))
+    gap = wins - losses - n * delta
+    return gap / math.sqrt(variance) if variance > 0 else math.inf if gap > 0 else 0.0
+
+
+def _check_consistent(report: EvaluationReport) -> None:
+    """Refuse a report whose numbers do not follow from its own samples."""
+    s = report.samples
+    lengths = {len(s.index), len(s.baseline), len(s.candidate), *([len(s.label)] if s.label is not None else [])}
+    if lengths != {report.n} or report.n == 0:
+        raise GateRefused(
+            f"the report says n={report.n} but holds {sorted(lengths)} samples; run `qcore evaluate` again"
+        )
+    if len(set(s.index)) != report.n:
+        raise GateRefused("the report counts a sample twice; run `qcore evaluate` again")
+    if any(not math.isfinite(v) for v in report.metrics.values()):
+        raise GateRefused("the report holds a metric that is not finite; run `qcore evaluate` again")
+    agreement = sum(a == b for a, b in zip(s.baseline, s.candidate, strict=True)) / report.n
+    if report.metrics.get("agreement") is None or abs(report.metrics["agreement"] - agreement) > 1e-12:
+        raise GateRefused("the report's agreement does not follow from its samples; run `qcore evaluate` again")
+    if (report.paired is None) != (s.label is None):
+        raise GateRefused("the report has labels without paired counts; run `qcore evaluate` again")
+    if s.label is not None and report.paired is not None and report.paired != recount(report):
+        raise GateRefused("the report's paired counts do not follow from its samples; run `qcore evaluate` again")
+
+
+def recount(report: EvaluationReport) -> object:
+    """Return the paired counts that the report's own samples give."""
+    from qcore.report import PairedCounts
+
+    s = report.samples
+    pairs = [(c == y, b == y) for c, b, y in zip(s.candidate, s.baseline, s.label or (), strict=True)]
+    return PairedCounts(
+        both_right=pairs.count((True, True)),
+        only_candidate_right=pairs.count((True, False)),
+        only_baseline_right=pairs.count((False, True)),
+        both_wrong=pairs.count((False, False)),
+    )
+
+
+def _top1_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
+    limit = policy.top1
+    if limit is None:
+        return []
+    paired = report.paired
+    if paired is None:
+        raise GateRefused("the policy limits top1 but the data has no labels; limit agreement instead")
+    checks = []
+    if limit.max_drop is not None:
+        wins, losses = paired.only_candidate_right, paired.only_baseline_right
+        rates = (wins / report.n, losses / report.n)
+        checks.append(
+            _bounded(
+                "top1_drop",
+                (wins - losses) / report.n,
+                -limit.max_drop,
+                report.n,
+                lambda n: paired_lower_bound(rates[0] * n, rates[1] * n, n, policy.confidence),
+                f"{losses} lost and {wins} won of {report.n} samples",
+            )
+        )
+    if limit.min is not None:
+        top1 = report.metrics["top1"]
+        checks.append(_rate_check("top1_min", top1, limit.min, report.n, policy.confidence))
+    return checks
+
+
+def _agreement_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
+    if policy.agreement is None or policy.agreement.min is None:
+        return []
+    agreement = report.metrics["agreement"]
+    return [_rate_check("agreement_min", agreement, policy.agreement.min, report.n, policy.confidence)]
+
+
+def _rate_check(name: str, observed: float, limit: float, n: int, confidence: float) -> Check:
+    return _bounded(
+        name,
+        observed,
+        limit,
+        n,
+        lambda m: rate_lower_bound(observed * m, m, confidence),
+        f"{round(observed * n)} of {n} samples",
+    )
+
+
+def _bounded(
+    name: str, observed: float, limit: float, n: int, bound_at: Callable[[float], float], counts: str
+) -> Check:
+    """Return the check `bound >= limit`, where `bound_at(n)` is the bound if the observed rates held for n samples."""
+    bound = bound_at(n)
+    if bound >= limit:
+        return Check(name=name, outcome="pass", observed=observed, bound=bound, limit=limit, reason=counts)
+    if observed < limit:
+        reason = f"{counts}: the observed value is outside the limit"
+        return Check(name=name, outcome="fail", observed=observed, bound=bound, limit=limit, reason=reason)
+    total = _samples_needed(bound_at, limit, n)
+    reason = f"{counts}: inside the limit, but too few samples to be sure"
+    return Check(
+        name=name,
+        outcome="inconclusive",
+        observed=observed,
+        bound=bound,
+        limit=limit,
+        reason=reason,
+        needs_samples=None if total is None else total - n,
+    )
+
+
+def _samples_needed(bound_at: Callable[[float], float], limit: float, n: int) -> int | None:
+    """Return the smallest total at which the bound reaches the limit, None beyond ten million."""
+    enough = n
+    while bound_at(enough) < limit:
+        enough *= 2
+        if enough > MAX_SAMPLES:
+            return None
+    short = enough // 2
+    while enough - short > 1:
+        middle = (short + enough) // 2
+        short, enough = (short, middle) if bound_at(middle) >= limit else (middle, enough)
+    return enough
+
+
+def _budget_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
+    model, baseline, budgets = report.model, report.baseline, policy.budgets
+    observed = {
+        "size_bytes": (float(model.size_bytes), budgets.size_bytes, "bytes of the model file"),
+        "size_ratio": (model.size_bytes / baseline.size_bytes, budgets.size_ratio, "of the baseline's file size"),
+        "latency_ratio": (
+            model.latency_ms.p50 / baseline.latency_ms.p50,
+            budgets.latency_ratio,
+            f"of the baseline's median latency over {model.latency_ms.runs} interleaved runs",
+        ),
+    }
+    return [
+        Check(
+            name=name,
+            outcome="pass" if value <= limit else "fail",
+            observed=value,
+            bound=value,
+            limit=float(limit),
+            reason=what,
+        )
+        for name, (value, limit, what) in observed.items()
+        if limit is not None
+    ]

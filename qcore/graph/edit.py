@@ -1,0 +1,44 @@
+"""The few edits that rewrites are made of, on a model that the caller owns (a copy)."""
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
+
+
+def editable_copy(model: ir.Model) -> ir.Model:
+    """Return a copy of `model` whose constants are all initializers; weight bytes are shared, not copied."""
+    copy = model.clone()
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
+    RemoveInitializersFromInputsPass()(copy)  # models of IR version 3 listed every weight as an input
+    return copy
+
+
+def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+    """Return a new initializer of `graph`; `name` gets a number appended if it is taken."""
+    unique, k = name, 0
+    while unique in graph.initializers:
+        k += 1
+        unique = f"{name}_{k}"
+    tensor = ir.tensor(np.array(array, order="C"), name=unique)  # ascontiguousarray would make a scalar a vector
+    value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def drop_unused_initializers(graph: ir.Graph) -> None:
+    """Remove initializers that nothing reads."""
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+
+
+def remove_in_favour_of(node: ir.Node, replacement: ir.Value) -> None:
+    """Remove `node` (one output); its readers read `replacement`, which takes over the output's name."""
+    output = node.outputs[0]
+    name, graph = output.name, node.graph
+    assert isinstance(graph, ir.Graph)  # noqa: S101 - nodes of a function body are never passed here
+    output.replace_all_uses_with(replacement, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    output.name = None
+    replacement.name = name

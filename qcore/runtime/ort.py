@@ -1,0 +1,247 @@
+"""ONNX Runtime on the CPU: predictions, activations, latency, and what the optimizer made of a graph.
+
+Models go in as bytes, so that the runtime can never read anything beside them.
+"""
+
+import platform
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from qcore.data.dataset import Batch
+from qcore.errors import DataError, ModelError
+from qcore.report import Latency
+
+Tensors = Mapping[str, NDArray[np.generic]]
+Predict = Callable[[Tensors], dict[str, NDArray[np.generic]]]
+
+_FAILURES = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Port:
+    """One input or output: name, numpy dtype, and shape with None for symbolic dimensions."""
+
+    name: str
+    dtype: np.dtype[np.generic]
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """A model in the runtime; `predict` maps named inputs to named outputs."""
+
+    name: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    predict: Predict
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size that the model insists on, or None where it is symbolic."""
+        shape = self.inputs[0].shape
+        return shape[0] if shape else None
+
+
+def load(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded:
+    """Return `model` ready to run with all graph optimizations.
+
+    Args:
+        model: the bytes of an ONNX file.
+        name: what messages call it.
+        threads: intra-op threads, 0 for one per core.
+
+    Raises:
+        ModelError: the runtime cannot load it.
+    """
+    return _loaded(_session(model, name, _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)), name)
+
+
+def feeds(loaded: Loaded, batch: Batch) -> dict[str, NDArray[np.generic]]:
+    """Return the samples of `batch` as the named inputs of the model, in its dtypes.
+
+    A model with a fixed batch size gets a smaller batch filled up with copies of its last sample.
+
+    Raises:
+        DataError: shapes, names or dtypes do not fit; the message holds both.
+    """
+    names = [p.name for p in loaded.inputs]
+    x = dict(batch.x)
+    if set(x) == {""}:
+        if len(names) != 1:
+            raise DataError(
+                f"{loaded.name} has inputs {', '.join(names)}; name an array for each in the card's `inputs`"
+            )
+        x = {names[0]: x[""]}
+    if set(x) != set(names):
+        raise DataError(f"the card feeds inputs {sorted(x)}; {loaded.name} wants {sorted(names)}; correct `inputs`")
+    return {port.name: _fitted(x[port.name], port, loaded.name) for port in loaded.inputs}
+
+
+def activations(
+    model: bytes, names: Sequence[str], batches: Iterable[Batch], *, name: str = "model", threads: int = 0
+) -> Iterator[tuple[int, Tensors]]:
+    """Yield, per batch, the number of samples and the float tensors among `names` (graph inputs included).
+
+    Raises:
+        ModelError: the runtime cannot load the model with these outputs.
+        DataError: the samples do not fit the model.
+    """
+    proto = onnx.ModelProto.FromString(model)
+    wanted = set(names)
+    present = {o.name for o in proto.graph.output}
+    inner = [n for n in names if n not in present and n not in {i.name for i in proto.graph.input}]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in inner)
+    # Extended optimizations fuse what is not asked for and keep the plain memory layout.
+    session = _session(
+        proto.SerializeToString(), name, _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
+    )
+    del proto
+    loaded = _loaded(session, name)
+    fetch = [p.name for p in loaded.outputs if p.name in wanted and p.dtype == np.float32]
+    for batch in batches:
+        fed = feeds(loaded, batch)
+        values = dict(zip(fetch, _run(session, fetch, fed, name), strict=True))
+        values |= {k: v for k, v in fed.items() if k in wanted and v.dtype == np.float32}
+        n = len(batch.index)
+        if n != loaded.fixed_batch and loaded.fixed_batch is not None:
+            values = {k: v[:n] if v.ndim and len(v) == loaded.fixed_batch else v for k, v in values.items()}
+        yield n, values
+
+
+def optimized_ops(model: bytes, *, name: str = "model") -> Counter[str]:
+    """Return how often each op type occurs in the graph that the runtime really executes.
+
+    A convolution that runs on integers is a `QLinearConv` there, one that does not is a `Conv` or `FusedConv`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        options = _options(1, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+        options.optimized_model_filepath = str(path)
+        _session(model, name, options)
+        return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def measure_latency(
+    models: Sequence[Loaded], fed: Tensors, *, budget_s: float = 2.0, warmup: int = 5, max_runs: int = 200
+) -> list[Latency]:
+    """Return the wall time of one call of each model, measured in turns so that all see the same machine.
+
+    Args:
+        models: loaded with `threads=1`.
+        fed: one sample, inputs of every model.
+        budget_s: stop after about this many seconds in all, but not before 20 rounds.
+        warmup: untimed calls of each.
+        max_runs: most timed rounds.
+    """
+    times: list[list[float]] = [[] for _ in models]
+    for model in models:
+        for _ in range(warmup):
+            model.predict(fed)
+    end = time.perf_counter() + budget_s
+    while len(times[0]) < 20 or (len(times[0]) < max_runs and time.perf_counter() < end):
+        for k, model in enumerate(models):
+            start = time.perf_counter_ns()
+            model.predict(fed)
+            times[k].append((time.perf_counter_ns() - start) / 1e6)
+    return [Latency(p50=float(np.percentile(t, 50)), p95=float(np.percentile(t, 95)), runs=len(t)) for t in times]
+
+
+def runtime_identity() -> dict[str, str]:
+    """Return what ran: runtime version, provider, machine architecture."""
+    return {
+        "runtime": f"onnxruntime {ort.__version__}",
+        "provider": "CPUExecutionProvider",
+        "machine": platform.machine(),
+    }
+
+
+def _options(threads: int, level: ort.GraphOptimizationLevel) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = level
+    options.log_severity_level = 4  # its refusals come back as exceptions, which carry the same text
+    return options
+
+
+def _session(model: bytes, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except _FAILURES as e:
+        raise ModelError(f"{name} cannot be loaded by onnxruntime {ort.__version__}: {_first_line(e)}") from e
+
+
+def _loaded(session: ort.InferenceSession, name: str) -> Loaded:
+    outputs = [o.name for o in session.get_outputs()]
+
+    def predict(fed: Tensors) -> dict[str, NDArray[np.generic]]:
+        return dict(zip(outputs, _run(session, outputs, fed, name), strict=True))
+
+    return Loaded(
+        name=name,
+        inputs=tuple(_port(i) for i in session.get_inputs()),
+        outputs=tuple(_port(o) for o in session.get_outputs()),
+        predict=predict,
+    )
+
+
+def _port(arg: ort.NodeArg) -> Port:
+    shape = tuple(d if isinstance(d, int) and d > 0 else None for d in arg.shape)
+    return Port(name=arg.name, dtype=np.dtype(_DTYPES.get(arg.type, np.object_)), shape=shape)
+
+
+def _run(session: ort.InferenceSession, outputs: Sequence[str], fed: Tensors, name: str) -> list[NDArray[np.generic]]:
+    try:
+        result: list[NDArray[np.generic]] = session.run(list(outputs), dict(fed))
+    except _FAILURES as e:
+        raise ModelError(f"{name} fails in onnxruntime: {_first_line(e)}") from e
+    return result
+
+
+def _fitted(x: NDArray[np.generic], port: Port, model: str) -> NDArray[np.generic]:
+    wanted = port.shape
+    fits = len(wanted) == x.ndim and all(w is None or w == h for w, h in zip(wanted[1:], x.shape[1:], strict=False))
+    if not fits:
+        shape = ", ".join("any" if w is None else str(w) for w in wanted[1:])
+        raise DataError(
+            f"samples have shape {x.shape[1:]}; input {port.name!r} of {model} wants ({shape}); correct `layout`, "
+            "`model_layout` or `preprocess` in the data card"
+        )
+    if not np.can_cast(x.dtype, port.dtype, "same_kind") and not np.issubdtype(port.dtype, np.floating):
+        raise DataError(f"samples are {x.dtype}; input {port.name!r} of {model} wants {port.dtype}; correct the data")
+    missing = (wanted[0] or 0) - len(x) if wanted else 0
+    if missing > 0:
+        x = np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])
+    return np.ascontiguousarray(x, port.dtype)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,467 @@
+"""The steps of the main path on files: read, one call, write all at once.
+
+The command line, the pipeline components and the tests call exactly these functions. Each loads only what it needs,
+so importing this module is cheap. Inputs are never changed, and nothing is written beside them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcore import __version__
+from qcore.canonical import Digest, Json
+from qcore.errors import ConfigError, GateRefused
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qcore.calibration import CalibrationTable
+    from qcore.compression import Recipe
+    from qcore.data.dataset import Dataset
+    from qcore.graph.rewrite import Skipped
+    from qcore.release.package import Package
+    from qcore.release.repository import Release
+    from qcore.report import EvaluationReport, GateDecision
+    from qcore.runtime.ort import Loaded
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and of how many."""
+
+EVALUATION_BATCH = 8
+GOLDEN_SAMPLES = 8
+GOLDEN_ERROR = 0.05  # of the output's range: other CPUs round some integers differently
+GOLDEN_AGREEMENT = 0.875
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    del what, done, total
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepSummary:
+    """One applied step: method, names that changed, nodes that were left alone and why."""
+
+    method: str
+    changed: tuple[str, ...]
+    skipped: "tuple[Skipped, ...]"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressionSummary:
+    """A written model: where, its digest and size, and what each step did."""
+
+    output: Path
+    sha256: Digest
+    size_bytes: int
+    input_size_bytes: int
+    recipe: str
+    recipe_sha256: Digest
+    target: str
+    steps: tuple[StepSummary, ...]
+
+    def to_json(self) -> Json:
+        """Return the JSON form of `--json`."""
+        return {
+            "output": str(self.output),
+            "size_bytes": self.size_bytes,
+            "input_size_bytes": self.input_size_bytes,
+            "model": {"sha256": self.sha256, "size_bytes": self.size_bytes},
+            "recipe": self.recipe,
+            "recipe_sha256": self.recipe_sha256,
+            "target": self.target,
+            "steps": [
+                {
+                    "method": s.method,
+                    "changed": list(s.changed),
+                    "skipped": [{"node": k.node, "op_type": k.op_type, "reason": k.reason} for k in s.skipped],
+                }
+                for s in self.steps
+            ],
+        }
+
+
+def prune(*, model: Path, out: Path, sparsity: float = 0.5, progress: Progress = _silent) -> CompressionSummary:
+    """Return the summary of `out`: `model` with the fraction `sparsity` of every layer's weights set to zero."""
+    from qcore.compression import Recipe
+    from qcore.config import check_config
+
+    recipe = check_config(
+        {"name": "prune", "steps": [{"method": "prune", "sparsity": sparsity}]}, Recipe, "prune options"
+    )
+    return _compressed(model, out, recipe, "host", None, progress)
+
+
+def calibrate(
+    *,
+    model: Path,
+    data: Path,
+    out: Path,
+    split: str = "calibration",
+    bins: int = 2048,
+    progress: Progress = _silent,
+) -> "CalibrationTable":
+    """Return the calibration table of `model` over `split`, written to `out`."""
+    from qcore.calibration import save_table
+    from qcore.data.dataset import open_dataset
+    from qcore.graph.io import parse_model, read_model_bytes
+
+    _refuse_overwrite(out, model, data)
+    raw = read_model_bytes(model)
+    table = _table(raw, parse_model(raw, str(model)), open_dataset(data, split), bins, progress)
+    save_table(table, out)
+    return table
+
+
+def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recipe: str = "int8") -> CompressionSummary:
+    """Return the summary of `out`: `model` after the steps of `recipe`, with ranges from `table`.
+
+    Raises:
+        CalibrationError: the table is of another model.
+        ConfigError: the recipe changes weights before it quantizes, which the table has not seen.
+    """
+    from qcore.calibration import load_table
+    from qcore.compression import load_recipe
+    from qcore.methods.prune import PruneStep
+
+    loaded = load_recipe(recipe)
+    if any(isinstance(s, PruneStep) for s in loaded.steps):
+        raise ConfigError(
+            f"recipe {loaded.name} prunes before it quantizes, but the table is of the unpruned model; run "
+            "`qcore prune`, calibrate the result, then quantize; or use `qcore compress`"
+        )
+    return _compressed(model, out, loaded, target, load_table(table), _silent)
+
+
+def compress(
+    *,
+    model: Path,
+    data: Path,
+    out: Path,
+    recipe: str = "int8",
+    target: str = "host",
+    split: str = "calibration",
+    progress: Progress = _silent,
+) -> CompressionSummary:
+    """Return the summary of `out`: `model` after all steps of `recipe`, calibrated on `split` where one needs it."""
+    from qcore.compression import load_recipe
+    from qcore.data.dataset import open_dataset
+
+    loaded = load_recipe(recipe)
+    dataset = open_dataset(data, split) if loaded.needs_calibration else None
+    return _compressed(model, out, loaded, target, dataset, progress)
+
+
+def evaluate(
+    *,
+    candidate: Path,
+    baseline: Path,
+    data: Path,
+    out: Path,
+    split: str = "evaluation",
+    progress: Progress = _silent,
+) -> "EvaluationReport":
+    """Return the report on `candidate` against `baseline` over `split`, written to `out` as JSON."""
+    from qcore.data.dataset import open_dataset
+    from qcore.evaluation import evaluate as evaluate_pair
+    from qcore.files import write_json
+    from qcore.graph.io import read_model_bytes
+    from qcore.report import EvaluationReport, MeasuredData
+    from qcore.runtime import ort
+
+    _refuse_overwrite(out, candidate, baseline, data)
+    files = [read_model_bytes(p) for p in (candidate, baseline)]
+    models = [ort.load(raw, name=str(p)) for raw, p in zip(files, (candidate, baseline), strict=True)]
+    dataset = open_dataset(data, split)
+    result = evaluate_pair(models[0].predict, models[1].predict, _fed(dataset, models[1], progress))
+    latencies = _latencies(files, dataset, progress)
+    report = EvaluationReport(
+        model=_measured(files[0], latencies[0]),
+        baseline=_measured(files[1], latencies[1]),
+        data=MeasuredData(name=dataset.card.name, split=split, task=dataset.card.task, sha256=dataset.sha256),
+        n=result.n,
+        metrics=result.metrics,
+        paired=result.paired,
+        samples=result.samples,
+        runtime=ort.runtime_identity(),
+        qcore_version=__version__,
+    )
+    write_json(out, report.to_json())
+    return report
+
+
+def gate(*, report: Path, out: Path, key: Path, policy: Path | None = None) -> "GateDecision":
+    """Return the decision on `report`; `out` holds it signed with the private key file `key`.
+
+    Raises:
+        GateRefused: the report is missing or contradicts itself, or the policy asks for what was not measured.
+        ConfigError: the policy is wrong.
+        ReleaseError: the key cannot be used.
+    """
+    from qcore.config import load_config
+    from qcore.files import write_atomic
+    from qcore.gate import GatePolicy, decide, default_policy
+    from qcore.release.evidence import sign_decision
+    from qcore.release.keys import load_signer
+
+    _refuse_overwrite(out, report, key, *([policy] if policy else []))
+    loaded = load_report(report)
+    chosen = load_config(policy, GatePolicy, "gate policy") if policy else default_policy(loaded.data.task)
+    decision = decide(loaded, chosen)
+    write_atomic(out, sign_decision(decision, load_signer(key)))
+    return decision
+
+
+def load_report(path: Path) -> "EvaluationReport":
+    """Return the evaluation report in the JSON file `path`.
+
+    Raises:
+        GateRefused: the file is missing or is not a report.
+    """
+    import json
+
+    from qcore.report import report_from_json
+
+    try:
+        return report_from_json(json.loads(path.read_bytes()))
+    except FileNotFoundError as e:
+        raise GateRefused(f"evaluation report {path} does not exist; run `qcore evaluate`") from e
+    except (OSError, ValueError) as e:
+        raise GateRefused(f"{path} is not an evaluation report ({e}); run `qcore evaluate`") from e
+
+
+def package(
+    *,
+    model: Path,
+    data: Path,
+    evidence: Path,
+    out: Path,
+    family: str,
+    version: str,
+    target: str = "host",
+    split: str = "evaluation",
+) -> "Package":
+    """Return the package written to `out`: the model, golden samples from `split`, and what a device must be.
+
+    Raises:
+        GateRefused: the evidence is about another model or is not a pass. Its signature is checked by `publish`.
+    """
+    import tempfile
+
+    from qcore.graph.io import read_model_bytes
+    from qcore.release.package import build_package
+
+    _refuse_overwrite(out, model, data, evidence)
+    raw = read_model_bytes(model)
+    decision = _claimed_pass(evidence, raw)
+    with tempfile.TemporaryDirectory() as folder:
+        golden = Path(folder) / "golden.npz"
+        source = _package_source(raw, model, data, split, golden, decision)
+        return build_package(source(family=family, version=version, target=target), out)
+
+
+def publish(*, package: Path, evidence: Path, repository: Path, keys: Path, channel: str = "stable") -> "Release":
+    """Return the release of `package`, signed into the repository folder `repository` with the key ring `keys`.
+
+    Raises:
+        GateRefused: the evidence is not signed by the gate, not a pass, or not about this package's model.
+        PackageError: the package is damaged.
+        ReleaseError: the repository or a key is missing, or the version exists with other bytes.
+    """
+    from datetime import UTC, datetime
+
+    from qcore.release.keys import load_keys
+    from qcore.release.repository import Submission, publish_release
+    from qcore.release.store import DirectoryStore
+
+    submission = Submission(package=package, evidence=_read_evidence(evidence), channel=channel)
+    return publish_release(DirectoryStore(folder=repository), submission, load_keys(keys), now=datetime.now(UTC))
+
+
+def _compressed(
+    model: Path,
+    out: Path,
+    recipe: "Recipe",
+    target: str,
+    evidence: "CalibrationTable | Dataset | None",
+    progress: Progress,
+) -> CompressionSummary:
+    """Apply `recipe`; `evidence` is a table of `model`, or data to make a table of what the steps before left."""
+    from qcore.calibration import CalibrationTable
+    from qcore.canonical import sha256_bytes
+    from qcore.compression import apply_step
+    from qcore.graph.io import parse_model, read_model_bytes, save_model, serialize_model
+    from qcore.methods.quantize import QuantizeStep
+    from qcore.target import load_target
+
+    _refuse_overwrite(out, model)
+    raw = read_model_bytes(model)
+    current, profile = parse_model(raw, str(model)), load_target(target)
+    if isinstance(evidence, CalibrationTable):
+        _expect_table_of(evidence, sha256_bytes(raw), model)
+    steps = []
+    for step in recipe.steps:
+        table = evidence if isinstance(evidence, CalibrationTable) else None
+        if isinstance(step, QuantizeStep) and evidence is not None and table is None:
+            assert not isinstance(evidence, CalibrationTable)  # noqa: S101 - the line above, for the type checker
+            table = _table(serialize_model(current), current, evidence, 2048, progress)
+        rewrite = apply_step(current, step, profile, table)
+        current = rewrite.model
+        steps.append(StepSummary(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped))
+    digest = save_model(current, out)
+    return CompressionSummary(
+        output=out,
+        sha256=digest,
+        size_bytes=out.stat().st_size,
+        input_size_bytes=len(raw),
+        recipe=recipe.name,
+        recipe_sha256=recipe.sha256,
+        target=profile.name,
+        steps=tuple(steps),
+    )
+
+
+def _expect_table_of(table: "CalibrationTable", sha256: Digest, model: Path) -> None:
+    from qcore.errors import CalibrationError
+
+    if table.model_sha256 != sha256:
+        raise CalibrationError(
+            f"the calibration table is of model {table.model_sha256[:12]}, but {model} is {sha256[:12]}; run "
+            "`qcore calibrate` on this model"
+        )
+
+
+def _table(raw: bytes, model: "ir.Model", dataset: "Dataset", bins: int, progress: Progress) -> "CalibrationTable":
+    from qcore.calibration import calibrate as count
+    from qcore.canonical import sha256_bytes
+    from qcore.data.dataset import Batch, batches
+    from qcore.graph.fold import fold_batchnorm
+    from qcore.methods.quantize import tensors_to_calibrate
+    from qcore.runtime import ort
+
+    names = tensors_to_calibrate(fold_batchnorm(model).model)
+    size = ort.load(raw).fixed_batch or 1
+
+    def counted() -> Iterator[Batch]:
+        done = 0
+        for batch in batches(dataset, size):
+            yield batch
+            done += len(batch.index)
+            progress("calibrating", done, dataset.n)
+
+    return count(
+        ort.activations(raw, names, counted()), model_sha256=sha256_bytes(raw), data_sha256=dataset.sha256, bins=bins
+    )
+
+
+def _fed(dataset: "Dataset", model: "Loaded", progress: Progress) -> Iterator[tuple[Any, Any, Any]]:
+    from qcore.data.dataset import batches
+    from qcore.runtime import ort
+
+    done = 0
+    for batch in batches(dataset, model.fixed_batch or EVALUATION_BATCH):
+        yield batch.index, ort.feeds(model, batch), batch.y
+        done += len(batch.index)
+        progress("evaluating", done, dataset.n)
+
+
+def _latencies(files: list[bytes], dataset: "Dataset", progress: Progress) -> list[Any]:
+    from qcore.data.dataset import batches
+    from qcore.runtime import ort
+
+    progress("measuring latency", 0, 1)
+    models = [ort.load(raw, threads=1) for raw in files]
+    sample = next(batches(dataset, models[0].fixed_batch or 1))
+    result = ort.measure_latency(models, ort.feeds(models[0], sample))
+    progress("measuring latency", 1, 1)
+    return result
+
+
+def _measured(raw: bytes, latency: Any) -> Any:
+    from qcore.canonical import sha256_bytes
+    from qcore.report import MeasuredModel
+
+    return MeasuredModel(sha256=sha256_bytes(raw), size_bytes=len(raw), latency_ms=latency)
+
+
+def _read_evidence(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise GateRefused(f"evidence {path} cannot be read: {e.strerror}; run `qcore gate` first") from e
+
+
+def _claimed_pass(evidence: Path, raw: bytes) -> "GateDecision":
+    from qcore.canonical import sha256_bytes
+    from qcore.release.evidence import claimed_decision
+
+    decision = claimed_decision(_read_evidence(evidence))
+    if decision.model_sha256 != sha256_bytes(raw):
+        raise GateRefused(
+            f"the evidence is about model {decision.model_sha256[:12]}, this model is {sha256_bytes(raw)[:12]}; "
+            "evaluate and gate the model that is to be shipped"
+        )
+    if decision.outcome != "pass":
+        raise GateRefused(f"the gate's outcome is {decision.outcome}; only a pass is packaged; see `qcore gate`")
+    return decision
+
+
+def _package_source(
+    raw: bytes, model: Path, data: Path, split: str, golden: Path, decision: "GateDecision"
+) -> Callable[..., Any]:
+    """Write the golden samples to `golden` and return what makes a PackageSource of family, version and target."""
+    import numpy as np
+    import onnxruntime
+
+    from qcore.data.dataset import batches, open_dataset
+    from qcore.evaluation import golden_samples
+    from qcore.graph.io import parse_model
+    from qcore.release.manifest import Compatibility, Golden, Provenance, TensorInfo
+    from qcore.release.package import PackageSource
+    from qcore.runtime import ort
+    from qcore.target import load_target
+
+    loaded = ort.load(raw, name=str(model), threads=1)
+    fed = ort.feeds(loaded, next(batches(open_dataset(data, split), loaded.fixed_batch or GOLDEN_SAMPLES)))
+    golden.write_bytes(golden_samples(loaded.predict, fed))
+    outputs = [np.asarray(v, np.float64) for v in loaded.predict(fed).values()]
+    error = max(GOLDEN_ERROR * float(np.ptp(v)) for v in outputs)
+
+    def ports(side: Any) -> tuple[TensorInfo, ...]:
+        return tuple(TensorInfo(name=p.name, dtype=p.dtype.name, shape=p.shape) for p in side)
+
+    def source(*, family: str, version: str, target: str) -> PackageSource:
+        return PackageSource(
+            family=family,
+            version=version,
+            model=model,
+            golden=golden,
+            compat=Compatibility(
+                hardware=(load_target(target).name,),
+                onnxruntime=".".join(onnxruntime.__version__.split(".")[:2]),
+                opset=parse_model(raw, str(model)).opset_imports[""],
+                providers=("CPUExecutionProvider",),
+            ),
+            inputs=ports(loaded.inputs),
+            outputs=ports(loaded.outputs),
+            golden_limits=Golden(
+                n=len(next(iter(fed.values()))), max_abs_error=error, argmax_agreement=GOLDEN_AGREEMENT
+            ),
+            provenance=Provenance(
+                baseline_sha256=decision.baseline_sha256,
+                data_sha256=decision.data_sha256,
+                policy_sha256=decision.policy_sha256,
+                qcore_version=__version__,
+            ),
+        )
+
+    return source
+
+
+def _refuse_overwrite(out: Path, *inputs: Path) -> None:
+    """Refuse an output path that is one of the inputs, or a folder."""
+    if out.is_dir():
+        raise ConfigError(f"output {out} is a folder; pass the path of a file")
+    for path in inputs:
+        if out.exists() and path.exists() and out.samefile(path):
+            raise ConfigError(f"output {out} is also an input; inputs are never changed; pass another path")

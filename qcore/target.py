@@ -1,0 +1,103 @@
+"""Target profiles: what a device's integer kernels want from a quantized file."""
+
+import platform
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from qcore.config import Config, load_config
+from qcore.errors import ConfigError
+from qcore.numerics.affine import QScheme
+
+PROFILES = Path(__file__).with_name("targets")
+
+
+class TargetProfile(Config):
+    """One kind of device.
+
+    `weights` is the dtype of dense weights, `depthwise_weights` that of depthwise convolutions where it differs;
+    both are symmetric (uint8 has zero point 128 and the same levels). `weight_bits` below 8 keeps the storage and
+    uses fewer levels. `bias` says whether
+    biases become int32 with scale = activation scale x weight scale, or stay float. `quantize` lists the op types
+    that have integer kernels on the device; all others stay float.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9-]+$")
+    description: str
+    activations: Literal["uint8", "int8"]
+    activations_symmetric: bool = False
+    weights: Literal["int8", "uint8"] = "int8"
+    depthwise_weights: Literal["int8", "uint8"] | None = None
+    weights_per_channel: bool = True
+    weight_bits: int = Field(default=8, ge=2, le=8)
+    power_of_two_scales: bool = False
+    bias: Literal["int32", "float"] = "int32"
+    float_output: bool = True
+    quantize: tuple[str, ...]
+    same_scale: tuple[str, ...] = ()
+
+    def activation_scheme(self) -> QScheme:
+        """Return how activations are quantized: per tensor, 8 bits."""
+        return QScheme(
+            dtype=self.activations, symmetric=self.activations_symmetric, power_of_two=self.power_of_two_scales
+        )
+
+    def weight_scheme(self, axis: int, *, depthwise: bool = False, bits: int | None = None) -> QScheme:
+        """Return how weights are quantized: symmetric, per channel along `axis` where the device can."""
+        return QScheme(
+            dtype=self.depthwise_weights or self.weights if depthwise else self.weights,
+            bits=bits or self.weight_bits,
+            symmetric=True,
+            axis=axis if self.weights_per_channel else None,
+            power_of_two=self.power_of_two_scales,
+        )
+
+
+def load_target(name: str) -> TargetProfile:
+    """Return the shipped profile `name`, the profile in the YAML file `name`, or for `host` that of this machine.
+
+    Raises:
+        ConfigError: there is no such profile or file, or the file is wrong.
+    """
+    if name == "host":
+        name = host_target(platform.machine(), _cpu_flags())
+    return load_config(shipped_or_file(name, PROFILES, "target"), TargetProfile, "target profile")
+
+
+def host_target(machine: str, flags: frozenset[str]) -> str:
+    """Return the name of the profile for a CPU: `machine` as in `platform.machine()`, `flags` as in /proc/cpuinfo.
+
+    Raises:
+        ConfigError: no shipped profile is for this architecture.
+    """
+    if machine in ("x86_64", "AMD64"):
+        return "x86-vnni" if flags & {"avx512_vnni", "avx_vnni"} else "x86-avx2"
+    if machine in ("aarch64", "arm64"):
+        return "arm-dotprod"
+    raise ConfigError(f"there is no profile for the host's architecture {machine}; pass --target NAME or a YAML file")
+
+
+def _cpu_flags() -> frozenset[str]:
+    """Return the CPU's feature flags; empty where the system does not tell, which chooses the safe profile."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+def shipped_or_file(name: str, folder: Path, what: str) -> Path:
+    """Return the path of the shipped YAML `name` in `folder`, or `name` itself if it is a path to a file.
+
+    Raises:
+        ConfigError: `name` is neither.
+    """
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        return Path(name)
+    shipped = folder / f"{name}.yaml"
+    if not shipped.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ConfigError(f"{what} {name!r} does not exist; allowed: {known}, or the path of a YAML file")
+    return shipped
