@@ -197,8 +197,9 @@ def decision_from_json(value: Json) -> GateDecision:
     for outcome in (decision.outcome, *(c.outcome for c in checks)):
         if outcome not in get_args(Outcome):
             raise GateRefused(f"gate decision: outcome {outcome!r}; allowed: {', '.join(get_args(Outcome))}")
-    if any(x is not None and not math.isfinite(x) for c in checks for x in (c.observed, c.bound, c.limit)):
-        raise GateRefused("gate decision: a check holds a value that is not finite; run `qcore gate` again")
+    values = [x for c in checks for x in (c.observed, c.bound, c.limit) if x is not None]
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in values):
+        raise GateRefused("gate decision: a check holds a value that is not a finite number; run `qcore gate` again")
     return decision
 
 

@@ -174,6 +174,11 @@ def measure_latency(
     return [Latency(p50=float(np.percentile(t, 50)), p95=float(np.percentile(t, 95)), runs=len(t)) for t in times]
 
 
+def runtime_version() -> str:
+    """Return the version of the runtime, e.g. `1.32.0`."""
+    return str(ort.__version__)
+
+
 def runtime_identity() -> dict[str, str]:
     """Return what ran: runtime version, provider, machine architecture."""
     return {

@@ -1,0 +1,124 @@
+"""The co-signer's judgement: may the gate key sign this change of a `models-<family>` role?
+
+One pure function over the signed old role, the proposed new one and the proofs. A release needs the gate key and the
+publisher key, and the gate key signs only after this function returns; so no publisher, pipeline or bucket can bring an
+unmeasured model to a device. Where the keys lie and who runs this is in `repository.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from securesystemslib.signer import Key
+from tuf.api.metadata import TargetFile, Targets
+
+from qcore.canonical import sha256_bytes
+from qcore.errors import GateRefused
+from qcore.release.evidence import verify_evidence
+from qcore.release.manifest import ReleaseManifest
+from qcore.release.metadata import LIFETIMES
+from qcore.report import GateDecision
+
+PACKAGE_SUFFIX = ".qpkg"
+EVIDENCE_SUFFIX = ".evidence.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proof:
+    """What is known of one added package from its own bytes (unpacked, digests recomputed), and its evidence."""
+
+    sha256: str
+    manifest: ReleaseManifest
+    evidence: bytes
+
+
+def check_evidence(proof: Proof, gate_keys: Sequence[Key]) -> GateDecision:
+    """Return the decision if it is signed by the gate, a pass, and about the model inside the package.
+
+    Raises:
+        GateRefused: it is not; the message says which.
+    """
+    decision = verify_evidence(proof.evidence, gate_keys)
+    if decision.outcome != "pass":
+        failed = ", ".join(f"{c.name}: {c.outcome}" for c in decision.checks if c.outcome != "pass")
+        raise GateRefused(f"gate outcome is {decision.outcome} ({failed}); only a pass is released; mend the model")
+    found = proof.manifest.model_sha256
+    if found != decision.model_sha256:
+        raise GateRefused(
+            f"the package holds model {found[:12]}, a model that was not the one evaluated "
+            f"({decision.model_sha256[:12]}); evaluate and gate the model that is packaged"
+        )
+    stated = proof.manifest.provenance
+    if stated and (stated.baseline_sha256, stated.data_sha256, stated.policy_sha256) != (
+        decision.baseline_sha256,
+        decision.data_sha256,
+        decision.policy_sha256,
+    ):
+        raise GateRefused("the package states another baseline, data set or policy than the evidence; package again")
+    return decision
+
+
+def cosign(old: Targets, new: Targets, proofs: Mapping[str, Proof], gate_keys: Sequence[Key], now: datetime) -> None:
+    """Return if the gate may sign `new` in place of `old`; a pure refresh (version and expiry only) is allowed.
+
+    Args:
+        old: the role as it is trusted now.
+        new: the proposal; its version and expiry are already set.
+        proofs: by target path of every added package.
+        gate_keys: the gate keys of the signed delegation.
+        now: aware; bounds the expiry.
+
+    Raises:
+        GateRefused: with the first reason not to.
+    """
+    if new.version <= old.version or not now < new.expires <= now + LIFETIMES["models"] or new.delegations:
+        raise _refusal(f"version {new.version}, expiry {new.expires} or delegations are not those of a new release")
+    for path, target in old.targets.items():
+        if new.targets.get(path) != target:
+            raise _refusal(f"{path} is removed or changed; published targets stay as they are")
+    added = {path: target for path, target in new.targets.items() if path not in old.targets}
+    packages = {path for path in added if path.endswith(PACKAGE_SUFFIX)}
+    expected = packages | {evidence_path(path) for path in packages}
+    if set(added) != expected or set(proofs) != packages:
+        raise _refusal(
+            f"added {sorted(added)} with proofs of {sorted(proofs)}; each package needs exactly its evidence"
+        )
+    counter = max_counter(old)
+    for path in sorted(packages, key=lambda p: _custom(added[p], "counter")):
+        _check_package(path, added, proofs[path], gate_keys)
+        if _custom(added[path], "counter") <= counter:
+            raise _refusal(f"{path}: counter {_custom(added[path], 'counter')} is not above {counter}")
+        counter = _custom(added[path], "counter")
+
+
+def evidence_path(package: str) -> str:
+    """Return the target path of the evidence that belongs to the package at `package`."""
+    return package.removesuffix(PACKAGE_SUFFIX) + EVIDENCE_SUFFIX
+
+
+def max_counter(role: Targets) -> int:
+    """Return the highest release counter that `role` holds, 0 if none."""
+    return max((_custom(t, "counter") for p, t in role.targets.items() if p.endswith(PACKAGE_SUFFIX)), default=0)
+
+
+def _check_package(path: str, added: Mapping[str, TargetFile], proof: Proof, gate_keys: Sequence[Key]) -> None:
+    m = proof.manifest
+    if path != f"models/{m.family}/{m.version}{PACKAGE_SUFFIX}" or added[path].hashes != {"sha256": proof.sha256}:
+        raise _refusal(f"{path} is not the package of {m.family} {m.version} that was checked")
+    if added[evidence_path(path)].hashes != {"sha256": sha256_bytes(proof.evidence)}:
+        raise _refusal(f"{evidence_path(path)} is not the evidence that was checked")
+    decision = check_evidence(proof, gate_keys)
+    custom = added[path].custom
+    if custom.get("model_sha256") != decision.model_sha256 or custom.get("evidence") != evidence_path(path):
+        raise _refusal(f"{path}: its custom data do not name the evaluated model and its evidence")
+
+
+def _custom(target: TargetFile, name: str) -> int:
+    value = target.custom.get(name) if isinstance(target.custom, dict) else None
+    if type(value) is not int or value < 1:
+        raise _refusal(f"{target.path}: custom {name} is {value!r}, expected a positive integer")
+    return value
+
+
+def _refusal(reason: str) -> GateRefused:
+    return GateRefused(f"the gate does not co-sign: {reason}")

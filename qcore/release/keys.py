@@ -1,0 +1,151 @@
+"""Signing keys as files: one ed25519 key per role, PKCS8 PEM, readable by the owner only.
+
+`create_keys` makes a whole development ring in one folder. In production each role's key lives with one service, so a
+ring may hold a subset; a function that needs a missing key says which. Nothing here decides what a key may sign: the
+signed root and targets metadata do (`repository.py`). Encrypted files and key services are not here yet.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from securesystemslib.signer import CryptoSigner, Signer
+
+from qcore.errors import ReleaseError
+from qcore.files import fsync_dir, write_atomic
+from qcore.release.manifest import check_name
+
+ROOT_NAMES = ("root1", "root2", "root3")
+"""Offline keys of the roles root and targets."""
+ROOT_THRESHOLD = 2
+ONLINE_NAMES = ("gate", "publisher", "snapshot", "timestamp")
+PINNED_ROOT = "root.json"
+"""The trusted root metadata beside the keys: what the repository is verified against, and what devices pin."""
+
+README = """DEVELOPMENT KEYS
+
+Made by qcore for one machine: every role's private key lies unencrypted in this folder, so whoever reads it can
+publish anything. Never copy it to a shared disk or into git. In production the root keys are made offline and each
+online role has its own key service.
+
+root1-3.pem      roles root and targets, any 2 of 3 sign
+gate.pem         signs gate decisions, and each release as the co-signer
+publisher.pem    signs each release as the publisher
+channel-*.pem    one per channel: which release devices are pointed at
+snapshot.pem, timestamp.pem    freshness
+root.json        (made by the repository) the trusted root that devices pin
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyRing:
+    """The signers found in `folder`, by file name without `.pem`."""
+
+    folder: Path
+    signers: Mapping[str, Signer]
+
+    def signer(self, name: str) -> Signer:
+        """Return the signer `name`.
+
+        Raises:
+            ReleaseError: the ring does not hold it.
+        """
+        if name not in self.signers:
+            held = ", ".join(sorted(self.signers)) or "none"
+            raise ReleaseError(
+                f"signing key {self.folder / name}.pem is missing; held: {held}; "
+                "run this where that key is, or make a development ring with `qcore repo init`"
+            )
+        return self.signers[name]
+
+    def channel(self, channel: str) -> Signer:
+        """Return the signer of the channel `channel`."""
+        return self.signer(f"channel-{channel}")
+
+    @property
+    def root(self) -> tuple[Signer, ...]:
+        """The root signers held here; empty on a machine that only publishes."""
+        return tuple(self.signers[n] for n in ROOT_NAMES if n in self.signers)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The channels whose key is held here."""
+        return tuple(sorted(n.removeprefix("channel-") for n in self.signers if n.startswith("channel-")))
+
+    @property
+    def pinned_root(self) -> Path:
+        """Where the trusted root metadata lies."""
+        return self.folder / PINNED_ROOT
+
+
+def create_keys(folder: Path, channels: Sequence[str]) -> KeyRing:
+    """Return a new development ring: three root keys, four online keys, and one key per channel.
+
+    Args:
+        folder: made if missing, mode 0700; a key that exists in it is never overwritten.
+        channels: channel names, at least one, of `[a-z0-9._-]`.
+
+    Raises:
+        ReleaseError: a key exists already, a channel name is not allowed, or the folder cannot be written.
+    """
+    if not channels:
+        raise ReleaseError("no channel named; allowed: at least one; name the channel that devices follow, e.g. stable")
+    for channel in channels:
+        check_name("channel", channel, ReleaseError)
+    names = [*ROOT_NAMES, *ONLINE_NAMES, *(f"channel-{c}" for c in dict.fromkeys(channels))]
+    for name in names:
+        if (folder / f"{name}.pem").exists():
+            raise ReleaseError(f"{folder / name}.pem exists and is never overwritten; pass an empty folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not (folder / "README.txt").exists():
+            write_atomic(folder / "README.txt", README.encode())
+        for name in names:
+            _write_private(folder / f"{name}.pem", CryptoSigner.generate_ed25519().private_bytes)
+        fsync_dir(folder)
+    except OSError as e:
+        raise ReleaseError(f"keys cannot be written to {folder}: {e.strerror}; pass a folder you can write to") from e
+    return load_keys(folder)
+
+
+def load_keys(folder: Path) -> KeyRing:
+    """Return the ring of the keys that lie in `folder`; it may be a part of a ring.
+
+    Raises:
+        ReleaseError: no such folder, no key in it, or a file that is not a private key.
+    """
+    paths = [folder / f"{n}.pem" for n in (*ROOT_NAMES, *ONLINE_NAMES)] + sorted(folder.glob("channel-*.pem"))
+    signers = {p.stem: load_signer(p) for p in paths if p.exists()}
+    if not signers:
+        raise ReleaseError(f"no signing keys in {folder}; expected *.pem; make them with `qcore repo init`")
+    return KeyRing(folder=folder, signers=signers)
+
+
+def load_signer(path: Path) -> Signer:
+    """Return the signer of the private key in the PEM file `path`.
+
+    Raises:
+        ReleaseError: the file is missing, is not an unencrypted PEM private key, or its key type cannot sign.
+    """
+    try:
+        return CryptoSigner(load_pem_private_key(path.read_bytes(), None))
+    except OSError as e:
+        raise ReleaseError(
+            f"signing key {path} cannot be read: {e.strerror}; make keys with `qcore repo init`, or correct the path"
+        ) from e
+    except (ValueError, TypeError, UnsupportedAlgorithm) as e:
+        raise ReleaseError(
+            f"{path} is not an unencrypted PEM private key (PKCS8, ed25519); "
+            "pass the .pem file that `qcore repo init` made"
+        ) from e
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(fd, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())

@@ -1,0 +1,275 @@
+"""Packages: deterministic, and read only in the exact form in which they are written."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from simulators import package_source
+
+from qcore.canonical import canonical_json
+from qcore.errors import PackageError
+from qcore.release.manifest import MODEL, Golden, ReleaseManifest, manifest_from_json
+from qcore.release.package import build_package, read_manifest, unpack_package
+
+Members = list[tuple[tarfile.TarInfo, bytes]]
+
+
+def members_of(path: Path) -> Members:
+    with tarfile.open(path) as tar:
+        return [(info, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]  # only files
+
+
+def write_tar(path: Path, members: Members) -> Path:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for info, data in members:
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def file(name: str, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    return info, data
+
+
+def special(name: str, kind: bytes, to: str = "") -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, to
+    return info, b""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    return build_package(package_source(tmp_path / "src"), tmp_path / "p.qpkg").path
+
+
+def test_equal_inputs_give_equal_bytes_whatever_the_folder_and_time(tmp_path: Path) -> None:
+    a = build_package(package_source(tmp_path / "a"), tmp_path / "a.qpkg")
+    for path in (tmp_path / "a").iterdir():
+        path.touch()
+        path.chmod(0o600)
+    b = build_package(package_source(tmp_path / "a"), tmp_path / "deep" / "b.qpkg")
+    assert a.path.read_bytes() == b.path.read_bytes()
+    assert a.sha256 == hashlib.sha256(b.path.read_bytes()).hexdigest()
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["b.qpkg"]
+
+
+def test_any_tar_and_zstd_can_read_it_manifest_first(package: Path) -> None:
+    found = members_of(package)
+    assert [info.name for info, _ in found] == ["manifest.json", "golden.npz.zst", "labels.json.zst", "model.onnx.zst"]
+    assert {(i.mtime, i.uid, i.gid, i.mode) for i, _ in found} == {(0, 0, 0, 0o644)}
+    manifest = json.loads(found[0][1])
+    model = zstandard.ZstdDecompressor().decompress(found[-1][1])
+    assert hashlib.sha256(model).hexdigest() == manifest["members"][-1]["sha256"]
+
+
+def test_what_went_in_comes_out(tmp_path: Path) -> None:
+    source = package_source(tmp_path / "src")
+    built = build_package(source, tmp_path / "p.qpkg")
+    manifest = unpack_package(built.path, tmp_path / "slot")
+    assert manifest == built.manifest == read_manifest(built.path)
+    for name in ("model.onnx", "golden.npz", "labels.json"):
+        assert (tmp_path / "slot" / name).read_bytes() == (tmp_path / "src" / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "slot").iterdir()) == [
+        "golden.npz",
+        "labels.json",
+        "manifest.json",
+        "model.onnx",
+    ]
+
+
+def test_labels_are_optional(tmp_path: Path) -> None:
+    built = build_package(replace(package_source(tmp_path / "src"), labels=None), tmp_path / "p.qpkg")
+    assert [m.path for m in unpack_package(built.path, tmp_path / "slot").members] == ["golden.npz", "model.onnx"]
+
+
+def test_a_missing_or_empty_input_leaves_nothing_behind(tmp_path: Path) -> None:
+    source = package_source(tmp_path / "src")
+    (tmp_path / "src" / "empty").touch()
+    for model in (tmp_path / "none.onnx", tmp_path / "src" / "empty"):
+        with pytest.raises(PackageError):
+            build_package(replace(source, model=model), tmp_path / "out" / "p.qpkg")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def twice(m: Members, i: int) -> Members:
+    return [*m[: i + 1], m[i], *m[i + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (lambda m: twice(m, 3), "file 'model.onnx.zst' where|padding is not zero|bytes after"),
+        (lambda m: twice(m, 1), "found file 'golden.npz.zst' where labels.json.zst"),
+        (lambda m: twice(m, 0), "found file 'manifest.json' where golden.npz.zst"),
+        (lambda m: [*m, file("extra.txt", b"x")], "end of archive"),
+        (lambda m: m[:-1], "the end of the archive where model.onnx.zst"),
+        (lambda m: m[:1], "the end of the archive where golden.npz.zst"),
+        (lambda m: [m[0], m[2], m[1], m[3]], "found file 'labels.json.zst' where golden.npz.zst"),
+        (lambda m: m[1:], "starts with file 'golden.npz.zst', expected manifest.json"),
+        (lambda m: [m[0], file("../golden.npz.zst", m[1][1]), *m[2:]], "found file '../golden.npz.zst' where"),
+        (lambda m: [m[0], file("/etc/golden.npz.zst", m[1][1]), *m[2:]], "found file '/etc/golden.npz.zst' where"),
+        (lambda m: [m[0], file("GOLDEN.npz.zst", m[1][1]), *m[2:]], "found file 'GOLDEN.npz.zst' where"),
+        (lambda m: [m[0], special("golden.npz.zst", tarfile.SYMTYPE, "/etc/passwd"), *m[2:]], "found symbolic link"),
+        (lambda m: [m[0], special("golden.npz.zst", tarfile.LNKTYPE, "manifest.json"), *m[2:]], "found hard link"),
+        (lambda m: [m[0], special("golden.npz.zst", tarfile.FIFOTYPE), *m[2:]], "found special file"),
+        (lambda m: [m[0], special("golden.npz.zst", tarfile.CHRTYPE), *m[2:]], "found special file"),
+        (lambda m: [m[0], special("golden.npz.zst", tarfile.DIRTYPE), *m[2:]], "found folder"),
+    ],
+)
+def test_every_other_archive_is_refused(
+    package: Path, tmp_path: Path, attack: Callable[[Members], Members], message: str
+) -> None:
+    bad = write_tar(tmp_path / "bad.qpkg", attack(members_of(package)))
+    with pytest.raises(PackageError, match=message):
+        unpack_package(bad, tmp_path / "in" / "slot")
+    assert {p.parent for p in (tmp_path / "in").rglob("*") if p.is_file()} <= {tmp_path / "in" / "slot"}
+
+
+def with_manifest(found: Members, changes: dict[str, Any]) -> Members:
+    return [file("manifest.json", canonical_json({**json.loads(found[0][1]), **changes})), *found[1:]]
+
+
+def with_golden(members: Members, stored: bytes, **stated: Any) -> Members:
+    """Return the members with other stored bytes of golden.npz, and a manifest that vouches for their size."""
+    listed = json.loads(members[0][1])["members"]
+    listed[0] |= {"stored_size_bytes": len(stored), **stated}
+    return [with_manifest(members, {"members": listed})[0], file("golden.npz.zst", stored), *members[2:]]
+
+
+def undeclared(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor(write_content_size=False).compress(data)
+
+
+@pytest.mark.parametrize("pack", [zstandard.compress, undeclared])
+def test_a_zstd_bomb_stops_at_the_size_that_the_manifest_states(
+    package: Path, tmp_path: Path, pack: Callable[[bytes], bytes]
+) -> None:
+    bomb = pack(bytes(1 << 28))
+    assert len(bomb) < 1 << 15
+    bad = write_tar(tmp_path / "bomb.qpkg", with_golden(members_of(package), bomb, size_bytes=1000))
+    with pytest.raises(PackageError, match=r"golden\.npz: more than 1000 bytes"):
+        unpack_package(bad, tmp_path / "slot")
+    assert (tmp_path / "slot" / "golden.npz").stat().st_size <= 1000
+
+
+def test_a_frame_that_asks_for_more_memory_than_a_device_gives_is_refused(package: Path, tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=27, write_content_size=False)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    stored = compressor.compress(b"x" * 100) + compressor.flush()
+    bad = write_tar(tmp_path / "bad.qpkg", with_golden(members_of(package), stored, size_bytes=100))
+    with pytest.raises(PackageError, match=r"golden\.npz: not decodable"):
+        unpack_package(bad, tmp_path / "slot")
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        b"not zstd",
+        zstandard.compress(b"other bytes"),
+        zstandard.compress(b"x" * 999)[:-3],
+        zstandard.compress(b"") + b"!!",
+    ],
+)
+def test_payloads_that_are_not_the_stated_bytes_are_refused(package: Path, tmp_path: Path, stored: bytes) -> None:
+    bad = write_tar(tmp_path / "bad.qpkg", with_golden(members_of(package), stored))
+    with pytest.raises(PackageError, match=r"golden\.npz: "):
+        unpack_package(bad, tmp_path / "slot")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schema": "qcore.manifest/2"},
+        {"surprise": 1},
+        {"family": "../x"},
+        {"version": "1.0/../../x"},
+        {"members": []},
+        {"members": "model.onnx"},
+        {"members": [{"path": "/etc/passwd", "size_bytes": 1, "stored_size_bytes": 1, "sha256": "0" * 64}]},
+        {"golden": {"n": 0, "max_abs_error": 0.1, "argmax_agreement": 1.0}},
+        {"golden": {"n": True, "max_abs_error": 0.1, "argmax_agreement": 1.0}},
+        {"golden": {"n": 1, "max_abs_error": -0.1, "argmax_agreement": 1.0}},
+        {"compat": {"hardware": [], "onnxruntime": "1", "opset": 17, "providers": []}},
+        {"compat": None},
+        {"inputs": [{"name": "x", "dtype": "float32", "shape": [1.5]}]},
+    ],
+)
+def test_a_manifest_with_anything_unknown_or_out_of_range_is_refused(
+    package: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    bad = write_tar(tmp_path / "bad.qpkg", with_manifest(members_of(package), changes))
+    with pytest.raises(PackageError, match=r"manifest|is not allowed") as e:
+        read_manifest(bad)
+    assert "\n" not in str(e.value)
+
+
+def test_a_manifest_must_be_canonical_and_small(package: Path, tmp_path: Path) -> None:
+    members = members_of(package)
+    for data in (members[0][1] + b"\n", members[0][1].replace(b'{"', b'{"schema":"x","', 1), b"[" * 9000, b"nul"):
+        bad = write_tar(tmp_path / "bad.qpkg", [file("manifest.json", data), *members[1:]])
+        with pytest.raises(PackageError, match=r"manifest\.json: not"):
+            read_manifest(bad)
+    huge = write_tar(tmp_path / "huge.qpkg", [file("manifest.json", b" " * (1 << 19)), *members[1:]])
+    with pytest.raises(PackageError, match="524288 bytes; allowed"):
+        read_manifest(huge)
+
+
+def test_manifest_json_round_trip_keeps_the_value(package: Path) -> None:
+    manifest = read_manifest(package)
+    assert manifest_from_json(json.loads(canonical_json(manifest.to_json()))) == manifest
+    assert manifest.model_sha256 == manifest.member(MODEL).sha256
+
+
+def test_the_value_itself_holds_its_invariants(package: Path) -> None:
+    manifest = read_manifest(package)
+    with pytest.raises(PackageError, match="golden limits"):
+        replace(manifest, golden=Golden(n=1, max_abs_error=float("nan"), argmax_agreement=1.0))
+    with pytest.raises(PackageError, match="members"):
+        ReleaseManifest(**{**{f: getattr(manifest, f) for f in manifest.__slots__}, "members": ()})
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"\0" * 1024, b"-1".ljust(600, b"1")])
+def test_a_file_that_is_no_package_is_said_to_be_none(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.qpkg").write_bytes(data)
+    with pytest.raises(PackageError, match="not a package"):
+        read_manifest(tmp_path / "x.qpkg")
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_any_changed_byte_is_refused_or_leaves_every_file_as_it_was(package: Path, data: st.DataObject) -> None:
+    original = package.read_bytes()
+    position = data.draw(st.integers(0, len(original) - 1))
+    changed = bytearray(original)
+    changed[position] ^= data.draw(st.integers(1, 255))
+    bad = package.with_suffix(".changed")
+    bad.write_bytes(changed)
+    slot = package.parent / f"slot-{data.draw(st.uuids())}"
+    try:
+        manifest = unpack_package(bad, slot)
+    except PackageError:
+        return
+    files = {m.path: m.sha256 for m in manifest.members}  # its other fields are for the outer, signed digest to hold
+    assert files == {m.path: m.sha256 for m in read_manifest(package).members}
+    assert files == {name: hashlib.sha256((slot / name).read_bytes()).hexdigest() for name in files}
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_a_cut_package_is_refused(package: Path, data: st.DataObject) -> None:
+    original = package.read_bytes()
+    length = data.draw(st.integers(0, len(original) - 1))
+    bad = package.with_suffix(".cut")
+    bad.write_bytes(original[:length])
+    with pytest.raises(PackageError):
+        unpack_package(bad, package.parent / f"cut-{length}-{data.draw(st.uuids())}")
