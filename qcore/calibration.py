@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from qcore.errors import CalibrationError
 from qcore.files import write_json
 from qcore.numerics.stats import DEFAULT_BINS, TensorStats, merge_stats, tensor_stats
 
-Tensors = Mapping[str, NDArray[np.generic]]
+Tensors = Mapping[str, NDArray[Any]]
 TABLE_SCHEMA = "qcore.calibration/1"
 
 

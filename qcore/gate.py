@@ -7,13 +7,14 @@ Only pass releases. Pure and deterministic; anything missing is a refusal, never
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import NormalDist
 
 from pydantic import Field, model_validator
 
 from qcore.config import Config
 from qcore.errors import GateRefused
-from qcore.report import Check, EvaluationReport, GateDecision, Outcome
+from qcore.report import Check, EvaluationReport, GateDecision, Outcome, PairedCounts
 
 MAX_SAMPLES = 10_000_000
 
@@ -162,12 +163,11 @@ def _check_consistent(report: EvaluationReport) -> None:
         raise GateRefused("the report's paired counts do not follow from its samples; run `qcore evaluate` again")
 
 
-def recount(report: EvaluationReport) -> object:
-    """Return the paired counts that the report's own samples give."""
-    from qcore.report import PairedCounts
-
+def recount(report: EvaluationReport) -> PairedCounts:
+    """Return the paired counts that the report's own samples give; without labels all are zero."""
     s = report.samples
-    pairs = [(c == y, b == y) for c, b, y in zip(s.candidate, s.baseline, s.label or (), strict=True)]
+    labels = s.label if s.label is not None else ()
+    pairs = [(c == y, b == y) for c, b, y in zip(s.candidate, s.baseline, labels, strict=bool(labels))]
     return PairedCounts(
         both_right=pairs.count((True, True)),
         only_candidate_right=pairs.count((True, False)),
@@ -176,8 +176,22 @@ def recount(report: EvaluationReport) -> object:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Question:
+    """Is the one-sided bound of an estimate at least `limit`?
+
+    `bound_at(n)` is the bound if the observed rates held for n samples; `counts` says what was seen, in words.
+    """
+
+    name: str
+    observed: float
+    limit: float
+    bound_at: Callable[[float], float]
+    counts: str
+
+
 def _top1_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
-    limit = policy.top1
+    limit, n = policy.top1, report.n
     if limit is None:
         return []
     paired = report.paired
@@ -186,61 +200,58 @@ def _top1_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
     checks = []
     if limit.max_drop is not None:
         wins, losses = paired.only_candidate_right, paired.only_baseline_right
-        rates = (wins / report.n, losses / report.n)
-        checks.append(
-            _bounded(
-                "top1_drop",
-                (wins - losses) / report.n,
-                -limit.max_drop,
-                report.n,
-                lambda n: paired_lower_bound(rates[0] * n, rates[1] * n, n, policy.confidence),
-                f"{losses} lost and {wins} won of {report.n} samples",
-            )
+        question = _Question(
+            name="top1_drop",
+            observed=(wins - losses) / n,
+            limit=-limit.max_drop,
+            bound_at=lambda m: paired_lower_bound(wins / n * m, losses / n * m, m, policy.confidence),
+            counts=f"{losses} lost and {wins} won of {n} samples",
         )
+        checks.append(_answer(question, n))
     if limit.min is not None:
-        top1 = report.metrics["top1"]
-        checks.append(_rate_check("top1_min", top1, limit.min, report.n, policy.confidence))
+        right = paired.both_right + paired.only_candidate_right
+        checks.append(_answer(_rate_question("top1_min", right, limit.min, report, policy), n))
     return checks
 
 
 def _agreement_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
     if policy.agreement is None or policy.agreement.min is None:
         return []
-    agreement = report.metrics["agreement"]
-    return [_rate_check("agreement_min", agreement, policy.agreement.min, report.n, policy.confidence)]
+    agreed = round(report.metrics["agreement"] * report.n)
+    return [_answer(_rate_question("agreement_min", agreed, policy.agreement.min, report, policy), report.n)]
 
 
-def _rate_check(name: str, observed: float, limit: float, n: int, confidence: float) -> Check:
-    return _bounded(
-        name,
-        observed,
-        limit,
-        n,
-        lambda m: rate_lower_bound(observed * m, m, confidence),
-        f"{round(observed * n)} of {n} samples",
+def _rate_question(name: str, hits: int, limit: float, report: EvaluationReport, policy: GatePolicy) -> _Question:
+    n = report.n
+    return _Question(
+        name=name,
+        observed=hits / n,
+        limit=limit,
+        bound_at=lambda m: rate_lower_bound(hits / n * m, m, policy.confidence),
+        counts=f"{hits} of {n} samples",
     )
 
 
-def _bounded(
-    name: str, observed: float, limit: float, n: int, bound_at: Callable[[float], float], counts: str
-) -> Check:
-    """Return the check `bound >= limit`, where `bound_at(n)` is the bound if the observed rates held for n samples."""
-    bound = bound_at(n)
-    if bound >= limit:
-        return Check(name=name, outcome="pass", observed=observed, bound=bound, limit=limit, reason=counts)
-    if observed < limit:
-        reason = f"{counts}: the observed value is outside the limit"
-        return Check(name=name, outcome="fail", observed=observed, bound=bound, limit=limit, reason=reason)
-    total = _samples_needed(bound_at, limit, n)
-    reason = f"{counts}: inside the limit, but too few samples to be sure"
+def _answer(question: _Question, n: int) -> Check:
+    bound = question.bound_at(n)
+    outcome: Outcome
+    needs, reason = None, question.counts
+    if bound >= question.limit:
+        outcome = "pass"
+    elif question.observed < question.limit:
+        outcome, reason = "fail", f"{question.counts}: the observed value is outside the limit"
+    else:
+        outcome, reason = "inconclusive", f"{question.counts}: inside the limit, but too few samples to be sure"
+        total = _samples_needed(question.bound_at, question.limit, n)
+        needs = None if total is None else total - n
     return Check(
-        name=name,
-        outcome="inconclusive",
-        observed=observed,
+        name=question.name,
+        outcome=outcome,
+        observed=question.observed,
         bound=bound,
-        limit=limit,
+        limit=question.limit,
         reason=reason,
-        needs_samples=None if total is None else total - n,
+        needs_samples=needs,
     )
 
 

@@ -29,7 +29,8 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and of how many."""
 
 EVALUATION_BATCH = 8
-GOLDEN_SAMPLES = 8
+MAX_GOLDEN_SAMPLES, MIN_GOLDEN_SAMPLES = 8, 2
+GOLDEN_SHARE = 10  # golden inputs take at most a tenth of the model's bytes, unless that is fewer than the minimum
 GOLDEN_ERROR = 0.05  # of the output's range: other CPUs round some integers differently
 GOLDEN_AGREEMENT = 0.875
 
@@ -89,6 +90,8 @@ def prune(*, model: Path, out: Path, sparsity: float = 0.5, progress: Progress =
     recipe = check_config(
         {"name": "prune", "steps": [{"method": "prune", "sparsity": sparsity}]}, Recipe, "prune options"
     )
+    if sparsity == 0:
+        return _unchanged(model, out, recipe)
     return _compressed(model, out, recipe, "host", None, progress)
 
 
@@ -321,6 +324,28 @@ def _compressed(
     )
 
 
+def _unchanged(model: Path, out: Path, recipe: "Recipe") -> CompressionSummary:
+    """Write the bytes of `model` to `out`: nothing was asked for, so the digest stays what it was."""
+    from qcore.canonical import sha256_bytes
+    from qcore.files import write_atomic
+    from qcore.graph.io import parse_model, read_model_bytes
+
+    _refuse_overwrite(out, model)
+    raw = read_model_bytes(model)
+    parse_model(raw, str(model))
+    write_atomic(out, raw)
+    return CompressionSummary(
+        output=out,
+        sha256=sha256_bytes(raw),
+        size_bytes=len(raw),
+        input_size_bytes=len(raw),
+        recipe=recipe.name,
+        recipe_sha256=recipe.sha256,
+        target="any",
+        steps=(),
+    )
+
+
 def _expect_table_of(table: "CalibrationTable", sha256: Digest, model: Path) -> None:
     from qcore.errors import CalibrationError
 
@@ -411,7 +436,6 @@ def _package_source(
 ) -> Callable[..., Any]:
     """Write the golden samples to `golden` and return what makes a PackageSource of family, version and target."""
     import numpy as np
-    import onnxruntime
 
     from qcore.data.dataset import batches, open_dataset
     from qcore.evaluation import golden_samples
@@ -422,7 +446,11 @@ def _package_source(
     from qcore.target import load_target
 
     loaded = ort.load(raw, name=str(model), threads=1)
-    fed = ort.feeds(loaded, next(batches(open_dataset(data, split), loaded.fixed_batch or GOLDEN_SAMPLES)))
+    dataset = open_dataset(data, split)
+    sample_bytes = sum(v.nbytes for v in ort.feeds(loaded, next(batches(dataset, 1))).values())
+    fitting = len(raw) // GOLDEN_SHARE // max(sample_bytes, 1)
+    n = loaded.fixed_batch or min(max(fitting, MIN_GOLDEN_SAMPLES), MAX_GOLDEN_SAMPLES)
+    fed = ort.feeds(loaded, next(batches(dataset, n)))
     golden.write_bytes(golden_samples(loaded.predict, fed))
     outputs = [np.asarray(v, np.float64) for v in loaded.predict(fed).values()]
     error = max(GOLDEN_ERROR * float(np.ptp(v)) for v in outputs)
@@ -438,7 +466,7 @@ def _package_source(
             golden=golden,
             compat=Compatibility(
                 hardware=(load_target(target).name,),
-                onnxruntime=".".join(onnxruntime.__version__.split(".")[:2]),
+                onnxruntime=".".join(ort.runtime_version().split(".")[:2]),
                 opset=parse_model(raw, str(model)).opset_imports[""],
                 providers=("CPUExecutionProvider",),
             ),

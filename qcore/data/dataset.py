@@ -64,7 +64,7 @@ def open_dataset(path: Path, split: str) -> Dataset:
         files = image_files(source, card, folder)
         indices = _choose(card, split, len(files))
         labels = tuple(files[i].label for i in indices) if card.task == "classification" else None
-        content = [[files[i].name, sha256_file(source / files[i].name)] for i in indices]
+        content: list[object] = [[files[i].name, sha256_file(source / files[i].name)] for i in indices]
     else:
         _refuse_geometric(card)
         npz = NpzFile(source)
@@ -97,12 +97,12 @@ def batches(data: Dataset, size: int) -> Iterator[Batch]:
     """
     if _is_image_folder(data.card, data.source):
         files = image_files(data.source, data.card, data.folder)
-        groups = (
+        groups: Iterator[dict[str, NDArray[np.generic]]] = (
             {"": np.stack([read_image(data.source / files[i].name, data.card.preprocess) for i in part])}
             for part in _parts(data.indices, size)
         )
-        stored = "NHWC"
-        wanted = data.card.model_layout or data.card.layout or "NCHW"
+        stored: str = "NHWC"
+        wanted: str = data.card.model_layout or data.card.layout or "NCHW"
     else:
         names = data.card.inputs or {"": data.card.x}
         groups = NpzFile(data.source).batches(names, data.indices, size)

@@ -14,7 +14,7 @@ from qcore.graph.traverse import constant_array, int_attribute, node_name, only_
 
 
 def conv_head_to_gemm(model: ir.Model) -> Rewrite:
-    """Return the model with every `GlobalAveragePool -> Conv 1x1 -> Flatten` as `GlobalAveragePool -> Flatten -> Gemm`."""
+    """Return the model with every `Conv 1x1 -> Flatten` behind a GlobalAveragePool written as `Flatten -> Gemm`."""
     out = editable_copy(model)
     changed: list[str] = []
     skipped: list[Skipped] = []

@@ -85,7 +85,8 @@ def serialize_model(model: ir.Model) -> bytes:
     proto = ir.serde.serialize_model(model)
     if (size := proto.ByteSize()) > MAX_BYTES:
         raise ModelError(f"model would have {size} bytes; allowed: below 2 GiB in one file")
-    return proto.SerializeToString(deterministic=True)
+    data: bytes = proto.SerializeToString(deterministic=True)
+    return data
 
 
 def save_model(model: ir.Model, path: Path) -> Digest:

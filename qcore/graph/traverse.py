@@ -1,6 +1,7 @@
 """Questions about a graph; nothing here edits."""
 
-import numpy as np
+from typing import Any
+
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -10,7 +11,7 @@ def node_name(node: ir.Node) -> str:
     return node.name or next((o.name for o in node.outputs if o.name), node.op_type)
 
 
-def constant_array(value: ir.Value | None) -> NDArray[np.generic] | None:
+def constant_array(value: ir.Value | None) -> NDArray[Any] | None:
     """Return the constant that `value` holds (an initializer or the output of a Constant node), else None."""
     if value is None or (value.is_graph_input() and not value.is_initializer()):
         return None

@@ -24,7 +24,7 @@ from qcore.graph.edit import drop_unused_initializers, editable_copy, remove_in_
 from qcore.graph.qdq import dequantized_initializer, insert_activation_qdq
 from qcore.graph.rewrite import Rewrite, Skipped
 from qcore.graph.traverse import constant_array, float_attribute, int_attribute, node_name, only_consumer
-from qcore.numerics.affine import QParams, QScheme, channel_range, qparams_from_range, quantize_array
+from qcore.numerics.affine import Float, QParams, QScheme, channel_range, qparams_from_range, quantize_array
 from qcore.numerics.stats import RangeRule, range_from_stats
 from qcore.target import TargetProfile
 
@@ -118,7 +118,7 @@ def _plan(graph: ir.Graph, step: QuantizeStep, target: TargetProfile, table: Cal
             skipped.append(Skipped(node=node_name(node), op_type=node.op_type, reason=reason))
             continue
         nodes.append(node)
-        wanted.update(v for v in node.inputs if _is_activation(v))
+        wanted.update(v for v in node.inputs if v is not None and _is_activation(v))
         if not _keeps_float_output(node, target):
             wanted.add(_carrier(node.outputs[0]))
     _reach_back(graph, wanted, target, table)
@@ -255,7 +255,7 @@ def _activation_params(
             params[name] = params[source]
         else:
             low, high = range_from_stats(table.stats[str(_measured(value, target).name)], rule)
-            params[name] = qparams_from_range(np.float64(low), np.float64(high), scheme)  # type: ignore[arg-type]
+            params[name] = qparams_from_range(np.asarray(low), np.asarray(high), scheme)
     return params
 
 
@@ -295,21 +295,18 @@ def _quantize_weights(
         bias_scale = (q.scale * input_scale).astype(np.float32)
         integers = np.rint(bias.reshape(-1).astype(np.float64) / bias_scale)
         integers = np.clip(integers, _INT32.min, _INT32.max).astype(np.int32)
-        axis = 0 if bias_scale.ndim else None
         q_bias = QParams(
             scale=bias_scale,
-            zero_point=np.int32(0),
+            zero_point=np.zeros((), np.int32),
             dtype="int32",
             qmin=_INT32.min,
             qmax=_INT32.max,
-            axis=axis,  # type: ignore[arg-type]
+            axis=0 if bias_scale.ndim else None,
         )
         node.replace_input_with(2, dequantized_initializer(graph, str(bias_value.name), integers, q_bias))
 
 
-def weight_qparams(
-    weight: NDArray[np.generic], scheme: QScheme, bias: NDArray[np.generic] | None, input_scale: NDArray[np.float32]
-) -> QParams:
+def weight_qparams(weight: Float, scheme: QScheme, bias: Float | None, input_scale: NDArray[np.float32]) -> QParams:
     """Return the parameters of `weight`, such that an int32 bias of scale `input_scale * scale` neither saturates
     nor loses a channel whose weights are all zero.
 

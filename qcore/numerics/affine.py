@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float = NDArray[np.floating]
+Integers = NDArray[np.signedinteger | np.unsignedinteger]
 IntDtype = Literal["uint8", "int8", "int32"]
 
 TINY_SCALE = float(np.finfo(np.float32).tiny)
@@ -86,12 +87,12 @@ def qparams_from_range(low: Float, high: Float, scheme: QScheme) -> QParams:
         zero = None
     if scheme.power_of_two:
         scale = np.exp2(np.ceil(np.log2(np.maximum(scale, TINY_SCALE))))
-    scale = np.where(scale <= TINY_SCALE, 1.0, scale).astype(np.float32)  # an all-zero tensor keeps its zeros
+    stored = np.where(scale <= TINY_SCALE, 1.0, scale).astype(np.float32)  # an all-zero tensor keeps its zeros
     if zero is None:
         # From the rounded float32 scale: `scale * (q - zero)` must reproduce low as closely as the runtime can.
-        zero = np.clip(np.rint(qmin - lo / scale.astype(np.float64)), qmin, qmax)
+        zero = np.clip(np.rint(qmin - lo / stored.astype(np.float64)), qmin, qmax)
     return QParams(
-        scale=scale,
+        scale=stored,
         zero_point=np.asarray(zero).astype(np.int32),
         dtype=scheme.dtype,
         qmin=qmin,
@@ -100,15 +101,16 @@ def qparams_from_range(low: Float, high: Float, scheme: QScheme) -> QParams:
     )
 
 
-def quantize_array(x: Float, q: QParams) -> NDArray[np.signedinteger | np.unsignedinteger]:
+def quantize_array(x: Float, q: QParams) -> Integers:
     """Return `x` in integers of dtype `q.dtype`, same shape: round half to even, then saturate at qmin and qmax."""
     scale, zero = _along_axis(x.ndim, q)
     # Divide in float32 as the runtimes do, so that ties fall on the same side.
     scaled = np.rint(np.asarray(x, np.float32) / scale)
-    return np.clip(scaled.astype(np.float64) + zero, q.qmin, q.qmax).astype(q.dtype)
+    result: Integers = np.clip(scaled.astype(np.float64) + zero, q.qmin, q.qmax).astype(q.dtype)
+    return result
 
 
-def dequantize_array(x_q: NDArray[np.signedinteger | np.unsignedinteger], q: QParams) -> NDArray[np.float32]:
+def dequantize_array(x_q: Integers, q: QParams) -> NDArray[np.float32]:
     """Return `(x_q - zero_point) * scale` in float32, same shape."""
     scale, zero = _along_axis(x_q.ndim, q)
     result: NDArray[np.float32] = ((x_q.astype(np.int64) - zero).astype(np.float32) * scale).astype(np.float32)

@@ -1,0 +1,39 @@
+"""Component `calibrate`: the ranges of activations on sample inputs."""
+
+from kfp import dsl
+
+from qcore.components.images import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)  # type: ignore[untyped-decorator]
+def calibrate(
+    model: dsl.Input[dsl.Model],
+    data: dsl.Input[dsl.Dataset],
+    table: dsl.Output[dsl.Artifact],
+    split: str = "calibration",
+    bins: int = 2048,
+    data_sha256: str = "",
+) -> None:
+    """Measure the ranges of a model's activations on sample inputs.
+
+    Args:
+        model: Float ONNX model.
+        data: Data-set card (YAML), or a folder holding exactly one.
+        table: Calibration table: mergeable statistics of every activation.
+        split: Name of the split of the card to read.
+        bins: Number of histogram bins per tensor.
+        data_sha256: Digest of the data; part of the cache key, so give another one when card or samples change.
+    """
+    from pathlib import Path
+
+    from qcore import steps
+    from qcore.tracking.facts import file_facts
+    from qcore.tracking.tracker import Tracker
+
+    with Tracker("calibrate") as t:
+        t.params({"split": split, "bins": bins, "data_digest": data_sha256})
+        files = {"model": Path(model.path), "data": Path(data.path), "out": Path(table.path)}
+        result = steps.calibrate(**files, split=split, bins=bins, progress=t.progress)
+        table.metadata.update(file_facts(Path(table.path), "qcore-calibration"))
+        t.params({"calibration_samples": result.samples}, on="parent")
+        t.tags({"model.sha256": result.model_sha256, "data.sha256": result.data_sha256})

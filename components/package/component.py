@@ -1,0 +1,44 @@
+"""Component `package`: one file for devices, with golden samples."""
+
+from kfp import dsl
+
+from qcore.components.images import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)  # type: ignore[untyped-decorator]
+def package(
+    model: dsl.Input[dsl.Model],
+    data: dsl.Input[dsl.Dataset],
+    evidence: dsl.Input[dsl.Artifact],
+    package: dsl.Output[dsl.Artifact],
+    family: str,
+    version: str,
+    target: str = "x86-avx2",
+    split: str = "evaluation",
+) -> None:
+    """Build the package that devices install, from the model that the evidence is about.
+
+    Args:
+        model: ONNX model that passed the gate.
+        data: Data-set card (YAML), or a folder holding exactly one; golden samples come from it.
+        evidence: The gate's signed decision.
+        package: The .qpkg file.
+        family: Name of the model on devices.
+        version: Release version.
+        target: Name of a shipped target profile, or path to a profile file in the image.
+        split: Name of the split of the card that golden samples come from.
+    """
+    from pathlib import Path
+
+    from qcore import steps
+    from qcore.tracking.facts import file_facts
+    from qcore.tracking.tracker import Tracker
+
+    with Tracker("package") as t:
+        files = {"model": Path(model.path), "data": Path(data.path), "evidence": Path(evidence.path)}
+        out = Path(package.path)
+        result = steps.package(**files, out=out, family=family, version=version, target=target, split=split)
+        package.metadata.update(file_facts(out, "qpkg"))
+        t.params({"family": family, "version": version, "target": target})
+        t.metrics({"package_bytes": result.size_bytes}, on="parent")
+        t.tags({"qcore.package.sha256": result.sha256}, on="parent")

@@ -1,0 +1,47 @@
+"""The compiled forms beside the sources: `python -m qcore.pipelines.compile OUT_DIR` (`make compile`: OUT_DIR = repo).
+
+The same sources give the same bytes: nothing of the machine or the time is in them, and the image is the default one
+unless `QCORE_IMAGE` is set.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from kfp import compiler
+
+from qcore.components.calibrate import calibrate
+from qcore.components.evaluate import evaluate
+from qcore.components.gate import gate
+from qcore.components.package import package
+from qcore.components.prune import prune
+from qcore.components.publish import publish
+from qcore.components.quantize import quantize
+from qcore.files import write_atomic
+from qcore.pipelines.release import release
+
+SOURCES: dict[str, Any] = {
+    **{
+        f"components/{c.name}/component.yaml": c for c in (calibrate, quantize, prune, evaluate, gate, package, publish)
+    },
+    "pipelines/release/pipeline.yaml": release,
+}
+
+
+def compile_all(out: Path) -> tuple[Path, ...]:
+    """Return the files written below the folder `out`: one per component and one per pipeline."""
+    written = []
+    for name, source in SOURCES.items():
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".tmp.yaml")  # kfp wants a suffix that it knows
+        compiler.Compiler().compile(source, str(draft))
+        write_atomic(path, draft.read_bytes())
+        draft.unlink()
+        written.append(path)
+    return tuple(written)
+
+
+if __name__ == "__main__":
+    for file in compile_all(Path(sys.argv[1] if len(sys.argv) > 1 else ".")):
+        sys.stdout.write(f"{file}\n")

@@ -1,0 +1,97 @@
+"""`qcore`: the verbs, and the one place where an error becomes a line and an exit code.
+
+Exit codes: 0 done, 1 error (one line), 2 usage (one line), 3 the gate did not pass, 130 interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from qcore import __version__
+from qcore.cli import demo, model, pipeline, repo, tracking
+from qcore.errors import QcoreError
+
+app = typer.Typer(
+    name="qcore",
+    help="Compress an ONNX model, prove that it is still good, and ship exactly those bytes to devices.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("calibrate")(model.calibrate)
+app.command("quantize")(model.quantize)
+app.command("prune")(model.prune)
+app.command("compress")(model.compress)
+app.command("evaluate")(model.evaluate)
+app.command("gate")(model.gate)
+app.command("package")(model.package)
+app.command("publish")(model.publish)
+app.command("demo")(demo.demo)
+app.add_typer(repo.app, name="repo")
+app.add_typer(pipeline.app, name="pipeline")
+app.add_typer(tracking.app, name="mlflow")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"qcore {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    del version
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; every expected failure prints one line on stderr."""
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(args=list(arguments), prog_name="qcore", standalone_mode=False)
+    except TyperException as e:
+        return _usage(e)
+    except QcoreError as e:
+        return _complain(str(e), 1)
+    except typer.Exit as e:
+        return int(e.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        return _complain("interrupted; nothing half-written is left; run the same command again", 130)
+    except BrokenPipeError:
+        return 0  # the reader of the output left; that is its right
+    except OSError as e:
+        where = f" {e.filename}" if e.filename else ""
+        return _complain(f"{e.strerror or e}{where}; check the path, its permissions and the free space", 1)
+    return result if isinstance(result, int) else 0
+
+
+def _usage(error: TyperException) -> int:
+    """Print a usage problem as one line and return 2; no arguments at all is a request for help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(str(error))
+        return 2
+    context = getattr(error, "ctx", None)
+    verb = context.command_path if context is not None else "qcore"
+    message = getattr(error, "format_message", error.__str__)()
+    return _complain(f"{message.rstrip('.')}; see `{verb} --help`", int(getattr(error, "exit_code", 2)))
+
+
+def _complain(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """Run the command line of this process and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

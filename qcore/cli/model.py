@@ -1,0 +1,190 @@
+"""The verbs that work on one model: from calibration to publication. Each parses, calls one step, and prints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcore import steps
+from qcore.cli import options as opt
+from qcore.cli.output import percent, print_facts, print_json, print_table, progress, size
+from qcore.report import EvaluationReport, GateDecision
+
+REFUSED = 3
+
+
+def calibrate(
+    model: opt.Model,
+    data: opt.Data,
+    out: opt.Out,
+    split: opt.CalibrationSplit = "calibration",
+    as_json: opt.AsJson = False,
+) -> None:
+    """Measure the activation ranges of a model on a split of a data set."""
+    with progress() as report:
+        table = steps.calibrate(model=model, data=data, out=out, split=split, progress=report)
+    facts = {
+        "output": str(out),
+        "samples": table.samples,
+        "tensors": len(table.stats),
+        "model": {"sha256": table.model_sha256},
+        "data": {"sha256": table.data_sha256},
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        print_facts("Calibration table", {k: str(facts[k]) for k in ("output", "samples", "tensors")})
+
+
+def quantize(
+    model: opt.Model,
+    table: Annotated[Path, typer.Option("--table", help="Calibration table of this model.")],
+    out: opt.Out,
+    target: opt.Target = "host",
+    recipe: opt.Recipe = "int8",
+    as_json: opt.AsJson = False,
+) -> None:
+    """Quantize a model with the ranges of a calibration table."""
+    _print_summary(steps.quantize(model=model, table=table, out=out, target=target, recipe=recipe), as_json)
+
+
+def prune(
+    model: opt.Model,
+    out: opt.Out,
+    sparsity: Annotated[float, typer.Option(help="Fraction of every layer's weights to zero, in [0, 1).")] = 0.5,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Set the smallest weights of every layer to zero."""
+    _print_summary(steps.prune(model=model, out=out, sparsity=sparsity), as_json)
+
+
+def compress(
+    model: opt.Model,
+    data: opt.Data,
+    out: opt.Out,
+    recipe: opt.Recipe = "int8",
+    target: opt.Target = "host",
+    split: opt.CalibrationSplit = "calibration",
+    as_json: opt.AsJson = False,
+) -> None:
+    """Apply a whole recipe, calibrating where a step needs it."""
+    with progress() as report:
+        summary = steps.compress(
+            model=model, data=data, out=out, recipe=recipe, target=target, split=split, progress=report
+        )
+    _print_summary(summary, as_json)
+
+
+def evaluate(
+    model: Annotated[Path, typer.Option("--model", help="The candidate.")],
+    baseline: opt.Baseline,
+    data: opt.Data,
+    out: opt.Out,
+    split: opt.EvaluationSplit = "evaluation",
+    as_json: opt.AsJson = False,
+) -> None:
+    """Compare a candidate with its baseline on the same samples, one by one."""
+    with progress() as progressed:
+        report = steps.evaluate(
+            candidate=model, baseline=baseline, data=data, out=out, split=split, progress=progressed
+        )
+    if as_json:
+        print_json({**report.to_json(), "output": str(out)})
+    else:
+        print_report(report)
+
+
+def gate(
+    report: Annotated[Path, typer.Option("--report", help="Evaluation report of `qcore evaluate`.")],
+    key: Annotated[Path, typer.Option("--key", help="Private key file of the gate, e.g. KEYS/gate.pem.")],
+    out: opt.Out,
+    policy: opt.Policy = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Decide whether the candidate may be released, and sign the decision. Exit code 3 unless it passes."""
+    decision = steps.gate(report=report, out=out, key=key, policy=policy)
+    if as_json:
+        print_json({**decision.to_json(), "output": str(out)})
+    else:
+        print_decision(decision)
+    if decision.outcome != "pass":
+        raise typer.Exit(REFUSED)
+
+
+def package(
+    model: Annotated[Path, typer.Option("--model", help="The model that passed the gate.")],
+    data: opt.Data,
+    evidence: Annotated[Path, typer.Option("--evidence", help="Signed decision of `qcore gate`.")],
+    out: opt.Out,
+    family: opt.Family,
+    version: opt.Version,
+    target: opt.Target = "host",
+    split: opt.EvaluationSplit = "evaluation",
+    as_json: opt.AsJson = False,
+) -> None:
+    """Build the package that devices download: model, golden samples, manifest."""
+    built = steps.package(
+        model=model, data=data, evidence=evidence, out=out, family=family, version=version, target=target, split=split
+    )
+    if as_json:
+        print_json(built.to_json())
+    else:
+        print_facts("Package", {"output": str(built.path), "download": size(built.size_bytes), "sha256": built.sha256})
+
+
+def publish(
+    package: Annotated[Path, typer.Option("--package", help="Package of `qcore package`.")],
+    evidence: Annotated[Path, typer.Option("--evidence", help="Signed decision of `qcore gate`.")],
+    repository: opt.Repository,
+    keys: opt.Keys,
+    channel: opt.Channel = "stable",
+    as_json: opt.AsJson = False,
+) -> None:
+    """Sign a package into the repository and point a channel at it."""
+    release = steps.publish(package=package, evidence=evidence, repository=repository, keys=keys, channel=channel)
+    if as_json:
+        print_json(release.to_json())
+    else:
+        facts = {k: str(v) for k, v in release.to_json().items() if k in ("family", "version", "channel", "counter")}
+        print_facts("Published", {**facts, "sha256": release.sha256})
+
+
+def print_report(report: EvaluationReport) -> None:
+    """Print float against candidate."""
+    rows = [("agreement", "", percent(report.metrics["agreement"]))]
+    if report.paired is not None:
+        rows.insert(0, ("top-1", percent(report.metrics["baseline_top1"]), percent(report.metrics["top1"])))
+    ours, theirs = report.model, report.baseline
+    rows += [
+        ("latency p50, 1 thread", f"{theirs.latency_ms.p50:.2f} ms", f"{ours.latency_ms.p50:.2f} ms"),
+        ("file size", size(theirs.size_bytes), size(ours.size_bytes)),
+    ]
+    print_table(f"{report.data.name}/{report.data.split}, {report.n} samples", ("", "baseline", "candidate"), rows)
+
+
+def print_decision(decision: GateDecision) -> None:
+    """Print the checks, then the outcome in one line."""
+    rows = [
+        (c.name, *(("-" if v is None else f"{v:.4f}") for v in (c.observed, c.bound, c.limit)), c.outcome, c.reason)
+        for c in decision.checks
+    ]
+    title = f"Gate, {percent(decision.confidence)} one-sided confidence, {decision.n} samples"
+    print_table(title, ("check", "observed", "bound", "limit", "outcome", "why"), rows)
+    needs = max((c.needs_samples or 0 for c in decision.checks), default=0)
+    more = f" (about {needs} more samples would decide)" if needs else ""
+    print(f"outcome: {decision.outcome}{more}")
+
+
+def _print_summary(summary: steps.CompressionSummary, as_json: bool) -> None:
+    if as_json:
+        print_json(summary.to_json())
+        return
+    rows = [(s.method, str(len(s.changed)), str(len(s.skipped))) for s in summary.steps]
+    print_table(f"Recipe {summary.recipe} for {summary.target}", ("step", "changed", "left alone"), rows)
+    reasons: dict[tuple[str, str], int] = {}
+    for skip in (k for s in summary.steps for k in s.skipped):
+        reasons[skip.op_type, skip.reason] = reasons.get((skip.op_type, skip.reason), 0) + 1
+    if reasons:
+        print_table("Left alone", ("op", "nodes", "why"), [(op, str(n), why) for (op, why), n in reasons.items()])
+    ratio = summary.size_bytes / summary.input_size_bytes
+    print(f"{summary.output}: {size(summary.size_bytes)}, {percent(ratio)} of {size(summary.input_size_bytes)}")

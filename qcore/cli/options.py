@@ -1,0 +1,28 @@
+"""Options that several verbs share, spelt and explained once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[Path, typer.Option("--model", help="The float ONNX model; it is only read.")]
+Baseline = Annotated[Path, typer.Option("--baseline", help="The float model that the candidate was made from.")]
+Data = Annotated[Path, typer.Option("--data", help="Data card: a YAML file, or a folder with exactly one.")]
+Out = Annotated[Path, typer.Option("--out", help="Where to write; replaced all at once when the step succeeds.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Recipe = Annotated[
+    str, typer.Option("--recipe", help="Shipped recipe (int8, int8-min-max, sparse50-int8 ...) or a YAML file.")
+]
+Target = Annotated[
+    str, typer.Option("--target", help="Target profile (x86-vnni, x86-avx2, arm-dotprod ...), a YAML file, or host.")
+]
+CalibrationSplit = Annotated[str, typer.Option("--split", help="Split of the data card to calibrate on.")]
+EvaluationSplit = Annotated[str, typer.Option("--split", help="Split of the data card to evaluate on.")]
+Policy = Annotated[
+    Path | None, typer.Option("--policy", help="Gate policy YAML; without it one point of top-1 at 95 %.")
+]
+Family = Annotated[str, typer.Option("--family", help="Name of the model on devices, [a-z0-9._-].")]
+Version = Annotated[str, typer.Option("--version", help="Version of this release, new for the family.")]
+Repository = Annotated[Path, typer.Option("--repository", help="Folder of the signed repository.")]
+Keys = Annotated[Path, typer.Option("--keys", help="Folder of the signing keys.")]
+Channel = Annotated[str, typer.Option("--channel", help="Channel that devices follow.")]

@@ -1,0 +1,89 @@
+"""What verbs print: tables for people, one JSON object for machines, and progress on stderr while they wait."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qcore.canonical import Json
+from qcore.steps import Progress as Report
+
+PLAIN_EVERY_S = 2.0
+MIB = 1 << 20
+
+
+def out() -> Console:
+    """Return the console of stdout."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def print_json(value: Json) -> None:
+    """Print `value` as one JSON object."""
+    print(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+
+
+def print_facts(title: str, facts: Mapping[str, str]) -> None:
+    """Print a two-column table."""
+    print_table(title, ("", ""), [(k, v) for k, v in facts.items()], header=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, header: bool = True) -> None:
+    """Print a table; the first column is left aligned, the others right."""
+    table = Table(title=title, title_justify="left", show_header=header, header_style="bold")
+    for k, column in enumerate(columns):
+        table.add_column(column, justify="left" if k == 0 or not header else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out().print(table)
+
+
+def size(n: float) -> str:
+    """Return bytes in a unit that people read."""
+    return f"{n / MIB:.2f} MiB" if n >= MIB else f"{n / 1024:.1f} KiB"
+
+
+def percent(x: float) -> str:
+    """Return a fraction of 1 as per cent."""
+    return f"{100 * x:.2f} %"
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Report]:
+    """Yield what steps report to: a bar on a terminal, else a plain line now and then; both on stderr."""
+    if not sys.stderr.isatty():
+        yield _plain()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def _plain() -> Report:
+    last: dict[str, float] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what not in last or now - last[what] >= PLAIN_EVERY_S:
+            last[what] = now
+            print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
+
+    return report

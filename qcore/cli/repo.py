@@ -1,0 +1,74 @@
+"""`qcore repo`: make a signed repository, look at it, keep it fresh."""
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from qcore.cli import options as opt
+from qcore.cli.output import print_facts, print_json, print_table
+
+app = typer.Typer(help="The signed repository that devices read.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command("init")
+def init(
+    repository: opt.Repository,
+    keys: opt.Keys,
+    channel: Annotated[list[str] | None, typer.Option("--channel", help="Channel to create; repeatable.")] = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Make an empty repository and a set of development keys."""
+    from qcore.release.keys import create_keys
+    from qcore.release.repository import init_repository
+    from qcore.release.store import DirectoryStore
+
+    channels = channel or ["stable"]
+    ring = create_keys(keys, channels)
+    init_repository(DirectoryStore(folder=repository), ring, channels, now=datetime.now(UTC))
+    facts = {"repository": str(repository), "keys": str(keys), "root": str(ring.pinned_root)}
+    if as_json:
+        print_json({**facts, "channels": channels})
+    else:
+        print_facts("Repository (development keys: not for production)", {**facts, "channels": ", ".join(channels)})
+
+
+@app.command("status")
+def status(repository: opt.Repository, as_json: opt.AsJson = False) -> None:
+    """Show every role: version, what is left of its life, and how many keys must sign."""
+    from qcore.release.repository import status as read_status
+    from qcore.release.store import DirectoryStore
+
+    rows = read_status(DirectoryStore(folder=repository), now=datetime.now(UTC))
+    if as_json:
+        print_json({"roles": [r.to_json() for r in rows]})
+        return
+    print_table(
+        f"Repository {repository}",
+        ("role", "version", "expires", "left", "signatures"),
+        [
+            (r.role, str(r.version), f"{r.expires:%Y-%m-%d %H:%M}", _left(r.remaining), f"{r.threshold} of {r.keys}")
+            for r in rows
+        ],
+    )
+
+
+@app.command("refresh")
+def refresh(repository: opt.Repository, keys: opt.Keys, as_json: opt.AsJson = False) -> None:
+    """Sign again what nears its expiry; run it on a schedule."""
+    from qcore.release.keys import load_keys
+    from qcore.release.repository import refresh as sign_again
+    from qcore.release.store import DirectoryStore
+
+    roles = sign_again(DirectoryStore(folder=repository), load_keys(keys), now=datetime.now(UTC))
+    if as_json:
+        print_json({"signed": list(roles)})
+    else:
+        print(f"signed again: {', '.join(roles) or 'nothing was due'}")
+
+
+def _left(remaining: object) -> str:
+    seconds = int(getattr(remaining, "total_seconds")())  # noqa: B009 - a timedelta, typed by its owner
+    if seconds <= 0:
+        return "expired"
+    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"

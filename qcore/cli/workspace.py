@@ -1,0 +1,105 @@
+"""A workspace: the folder in which a laptop plays every part (signing keys, repository, tracking, one device)."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import typer
+
+from qcore.device.config import DeviceConfig
+from qcore.device.updater import Installed, install
+from qcore.files import write_atomic
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workspace:
+    """The embedded defaults below one folder: development keys, a folder as repository, sqlite tracking, a device."""
+
+    folder: Path
+
+    @property
+    def keys(self) -> Path:
+        """The development key ring."""
+        return self.folder / "keys"
+
+    @property
+    def repository(self) -> Path:
+        """The signed repository."""
+        return self.folder / "repository"
+
+    @property
+    def runs(self) -> Path:
+        """One folder per pipeline run."""
+        return self.folder / "runs"
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's database."""
+        return f"sqlite:///{(self.folder / 'mlflow.db').absolute()}"
+
+
+def prepare(folder: Path, channel: str) -> Workspace:
+    """Return the workspace in `folder` with keys and repository, which are made if there are none."""
+    from qcore.release.keys import create_keys
+    from qcore.release.repository import init_repository
+    from qcore.release.store import DirectoryStore
+
+    workspace = Workspace(folder=folder)
+    if not workspace.keys.exists():
+        typer.echo(f"making development keys and an empty repository in {folder}", err=True)
+        ring = create_keys(workspace.keys, [channel])
+        init_repository(DirectoryStore(folder=workspace.repository), ring, [channel], now=datetime.now(UTC))
+    return workspace
+
+
+def refresh(workspace: Workspace) -> None:
+    """Sign again what nears its expiry, as the scheduled job of a real repository does."""
+    from qcore.release.keys import load_keys
+    from qcore.release.repository import refresh as sign_again
+    from qcore.release.store import DirectoryStore
+
+    sign_again(DirectoryStore(folder=workspace.repository), load_keys(workspace.keys), now=datetime.now(UTC))
+
+
+def install_on_device(
+    device: Path, *, repository: Path, root: Path, family: str, channel: str, hardware: str
+) -> Installed:
+    """Return what the local device in the folder `device` runs after its updater did its work.
+
+    The device is configured by `device/device.toml`, written once, and trusts its own copy of the root metadata.
+    """
+    pinned = device / "root.json"
+    if not pinned.exists():
+        write_atomic(pinned, root.read_bytes())
+    config = device / "device.toml"
+    write_atomic(config, _toml(device.absolute(), repository.absolute(), family, channel, hardware).encode())
+    return install(
+        DeviceConfig(
+            device_id=device_name(family, hardware),
+            hardware=hardware,
+            family=family,
+            channel=channel,
+            repository=str(repository.absolute()),
+            root=pinned.absolute(),
+            state_dir=(device / "state").absolute(),
+        )
+    )
+
+
+def device_name(family: str, hardware: str) -> str:
+    """Return a stable name for the local device."""
+    return f"local-{family}-{hardware}"[:64].rstrip("-._")
+
+
+def _toml(device: Path, repository: Path, family: str, channel: str, hardware: str) -> str:
+    values = {
+        "device_id": device_name(family, hardware),
+        "hardware": hardware,
+        "family": family,
+        "channel": channel,
+        "repository": str(repository),
+        "root": str(device / "root.json"),
+        "state_dir": str(device / "state"),
+    }
+    quoted = {k: v.replace("\\", "\\\\").replace('"', '\\"') for k, v in values.items()}
+    return "".join(f'{k} = "{v}"\n' for k, v in quoted.items())

@@ -1,0 +1,44 @@
+"""What is written beside a file that a step hands on: digest, size, form; and is it the file that was meant."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from qcore.canonical import Digest
+from qcore.errors import ModelError
+from qcore.files import sha256_file
+
+
+def file_facts(path: Path, form: str) -> dict[str, str | int]:
+    """Return the metadata of an output: `format`, `sha256` and `size_bytes` of the file `path`."""
+    return {"format": form, "sha256": sha256_file(path), "size_bytes": path.stat().st_size}
+
+
+def expect_model(path: Path, sha256: Digest) -> None:
+    """Refuse a model file that is not the one that was named.
+
+    Args:
+        path: the file that arrived.
+        sha256: the digest that was asked for; empty when none was.
+
+    Raises:
+        ModelError: the digests differ.
+    """
+    found = sha256_file(path)
+    if sha256 not in ("", found):
+        raise ModelError(
+            f"{path}: sha256 is {found}, expected {sha256}; pass the digest of this file or the other file"
+        )
+
+
+@contextlib.contextmanager
+def text_file(text: str, name: str) -> Iterator[Path | None]:
+    """Yield a file called `name` that holds `text`, for as long as the block runs; None for an empty text."""
+    if not text.strip():
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="qcore-") as folder:
+        path = Path(folder) / name
+        path.write_text(text, encoding="utf-8")
+        yield path

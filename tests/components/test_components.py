@@ -1,0 +1,252 @@
+"""Every component called as a function with real artifacts, in the pipeline's order; and what all have in common."""
+
+import ast
+import inspect
+import json
+import math
+import textwrap
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp import dsl
+
+from qcore import demo
+from qcore.components import calibrate, evaluate, gate, package, prune, publish, quantize
+from qcore.components.images import IMAGE
+from qcore.demo.make_data import write_digits
+from qcore.errors import GateRefused, ModelError
+from qcore.files import sha256_file
+from qcore.release.evidence import verify_evidence
+from qcore.release.keys import create_keys, load_keys
+from qcore.release.repository import init_repository
+from qcore.release.store import DirectoryStore
+from qcore.report import report_from_json
+from qcore.tracking.journal import End, Line, Metrics, Params, Start, Tags, journals, read_journal
+
+COMPONENTS = (
+    prune.prune,
+    calibrate.calibrate,
+    quantize.quantize,
+    evaluate.evaluate,
+    gate.gate,
+    package.package,
+    publish.publish,
+)
+POLICY = "name: test\ntop1: {max_drop: 0.05}\n"
+MODEL = Path(demo.__file__).parent / "digits_cnn.onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The folder of the chain, its artifacts by name, the gate's string, and the tasks' journals."""
+
+    folder: Path
+    artifacts: dict[str, dsl.Artifact]
+    outcome: str
+    journals: dict[str, list[Line]]
+
+    def path(self, name: str) -> Path:
+        return Path(self.artifacts[name].path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("chain")
+    keys = create_keys(folder / "keys", ["stable"])
+    init_repository(DirectoryStore(folder=folder / "repository"), keys, ["stable"], now=datetime.now(UTC))
+    made: dict[str, dsl.Artifact] = {
+        "model": dsl.Model(name="model", uri=str(MODEL)),
+        "data": dsl.Dataset(name="data", uri=str(write_digits(folder / "data"))),
+    }
+
+    def out(name: str, kind: type[dsl.Artifact] = dsl.Artifact) -> dsl.Artifact:
+        made[name] = kind(name=name, uri=str(folder / name))
+        return made[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+            patch.delenv(name, raising=False)
+        patch.setenv("QCORE_JOURNAL_DIR", str(folder / "journal"))
+        model, data = made["model"], made["data"]
+        prune.prune.python_func(
+            model=model,
+            pruned=out("pruned", dsl.Model),
+            summary=out("pruning"),
+            sparsity=0.0,
+            model_sha256=sha256_file(MODEL),
+        )
+        calibrate.calibrate.python_func(model=made["pruned"], data=data, table=out("table"))
+        quantize.quantize.python_func(
+            model=made["pruned"],
+            table=made["table"],
+            quantized=out("quantized", dsl.Model),
+            summary=out("quantization"),
+        )
+        evaluate.evaluate.python_func(
+            candidate=made["quantized"],
+            baseline=model,
+            data=data,
+            report=out("report"),
+            metrics=out("metrics", dsl.Metrics),
+        )
+        outcome = gate.gate.python_func(
+            report=made["report"],
+            evidence=out("evidence"),
+            decision_markdown=out("markdown", dsl.Markdown),
+            decision_html=out("html", dsl.HTML),
+            key=str(folder / "keys" / "gate.pem"),
+            policy=POLICY,
+        )
+        package.package.python_func(
+            model=made["quantized"],
+            data=data,
+            evidence=made["evidence"],
+            package=out("package"),
+            family="digits",
+            version="1.0.0",
+        )
+        publish.publish.python_func(
+            package=made["package"],
+            evidence=made["evidence"],
+            release=out("release"),
+            repository=str(folder / "repository"),
+            keys=str(folder / "keys"),
+        )
+    by_task: dict[str, list[Line]] = {}
+    for path in journals(folder / "journal"):
+        lines = read_journal(path)
+        assert isinstance(lines[0], Start)
+        by_task[str(lines[0].task)] = lines
+    return World(folder=folder, artifacts=made, outcome=outcome, journals=by_task)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("pruned", "onnx"),
+        ("table", "qcore-calibration"),
+        ("quantized", "onnx"),
+        ("report", "qcore-evaluation"),
+        ("evidence", "qcore-evidence"),
+        ("package", "qpkg"),
+        ("release", "qcore-release"),
+    ],
+)
+def test_an_output_says_what_it_is(world: World, name: str, form: str) -> None:
+    path = world.path(name)
+    expected = {"format": form, "sha256": sha256_file(path), "size_bytes": path.stat().st_size}
+    assert world.artifacts[name].metadata == expected
+
+
+def test_metrics_are_the_reports_numbers(world: World) -> None:
+    report = report_from_json(json.loads(world.path("report").read_bytes()))
+    metrics = world.artifacts["metrics"].metadata
+    assert all(isinstance(v, float) and math.isfinite(v) for v in metrics.values())
+    assert metrics == {**report.metrics, "latency_p50_ms": report.model.latency_ms.p50, "n": report.n}
+
+
+def test_the_gate_returns_the_outcome_that_it_signed(world: World) -> None:
+    key = create_keys(world.folder / "other keys", ["stable"]).signer("gate").public_key
+    evidence = world.path("evidence").read_bytes()
+    with pytest.raises(GateRefused):
+        verify_evidence(evidence, [key])
+    decision = verify_evidence(evidence, [load_keys(world.folder / "keys").signer("gate").public_key])
+    assert world.outcome == decision.outcome == "pass"
+    assert decision.model_sha256 == world.artifacts["quantized"].metadata["sha256"]
+    assert world.path("markdown").read_text().startswith("**PASS")
+    assert "PASS" in world.path("html").read_text()
+
+
+def test_what_was_published_is_what_was_packaged(world: World) -> None:
+    release = json.loads(world.path("release").read_bytes())
+    assert release["sha256"] == world.artifacts["package"].metadata["sha256"]
+    assert (release["family"], release["version"], release["channel"]) == ("digits", "1.0.0", "stable")
+
+
+def test_every_task_was_tracked(world: World) -> None:
+    assert list(world.journals) == [c.name for c in COMPONENTS]
+    for lines in world.journals.values():
+        last = lines[-1]
+        assert isinstance(last, End)
+        assert last.status == "FINISHED"
+
+
+def test_the_parent_run_has_what_a_reviewer_compares(world: World) -> None:
+    lines = [line for task in world.journals.values() for line in task]
+    params, metrics, tags = (
+        {k for x in lines if isinstance(x, kind) and x.on == "parent" for k in x.values}
+        for kind in (Params, Metrics, Tags)
+    )
+    assert params >= {"recipe", "target", "sparsity", "calibration_samples", "evaluation_samples", "policy_sha256"}
+    assert metrics >= {"top1", "baseline_top1", "top1_delta", "top1_delta_lower", "agreement", "package_bytes"}
+    assert metrics >= {"size_bytes", "size_ratio", "latency_p50_ms", "baseline_latency_p50_ms"}
+    assert tags >= {"qcore.gate", "qcore.release", "qcore.channel", "model.sha256", "mlflow.note.content"}
+
+
+def test_no_number_is_tracked_twice(world: World) -> None:
+    for lines in world.journals.values():
+        seen = [(x.on, k, x.step) for x in lines if isinstance(x, Metrics) for k in x.values]
+        assert len(seen) == len(set(seen))
+
+
+def test_another_model_than_the_one_named_is_refused(world: World, tmp_path: Path) -> None:
+    pruned = dsl.Model(name="pruned", uri=str(tmp_path / "pruned"))
+    summary = dsl.Artifact(name="summary", uri=str(tmp_path / "summary"))
+    with pytest.raises(ModelError, match="expected"):
+        prune.prune.python_func(model=world.artifacts["model"], pruned=pruned, summary=summary, model_sha256="0" * 64)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_gate_cannot_be_packaged(world: World, tmp_path: Path) -> None:
+    evidence = dsl.Artifact(name="evidence", uri=str(tmp_path / "evidence"))
+    outcome = gate.gate.python_func(
+        report=world.artifacts["report"],
+        evidence=evidence,
+        decision_markdown=dsl.Markdown(name="m", uri=str(tmp_path / "m")),
+        decision_html=dsl.HTML(name="h", uri=str(tmp_path / "h")),
+        key=str(world.folder / "keys" / "gate.pem"),
+        policy="top1: {min: 0.9999}\n",
+    )
+    assert outcome == "fail"
+    with pytest.raises(GateRefused, match="fail"):
+        package.package.python_func(
+            model=world.artifacts["quantized"],
+            data=world.artifacts["data"],
+            evidence=evidence,
+            package=dsl.Artifact(name="package", uri=str(tmp_path / "package")),
+            family="digits",
+            version="1.0.0",
+        )
+    assert not (tmp_path / "package").exists()
+
+
+@pytest.mark.parametrize("component", COMPONENTS, ids=lambda c: c.name)
+def test_the_rules_of_a_component(component: Any) -> None:
+    source = textwrap.dedent(inspect.getsource(component.python_func))
+    (function,) = ast.parse(source).body
+    assert isinstance(function, ast.FunctionDef)
+    body = function.body[1:]  # without the docstring
+    assert sum((s.end_lineno or s.lineno) - s.lineno + 1 for s in body) <= 25
+    imported = {
+        (n.module if isinstance(n, ast.ImportFrom) else n.names[0].name).split(".")[0]
+        for n in ast.walk(function)
+        if isinstance(n, ast.ImportFrom | ast.Import)
+    }
+    assert imported <= {"qcore", "pathlib"}
+    assert not any(isinstance(n, ast.For | ast.While | ast.Try | ast.If) for n in ast.walk(function))
+
+    spec = component.component_spec
+    assert spec.description
+    assert all(i.description for i in spec.inputs.values())
+    container = spec.implementation.container
+    assert container.image == IMAGE
+    assert "pip install" not in " ".join(container.command)
+    assert "__future__" not in Path(inspect.getfile(component.python_func)).read_text()
+
+
+def test_the_gate_has_one_string_output() -> None:
+    outputs = gate.gate.component_spec.outputs
+    assert {name: o.type for name, o in outputs.items() if "@" not in o.type} == {"Output": "String"}

@@ -1,0 +1,150 @@
+"""The command line as a person or a script meets it: in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from models import conv_net, save, write_data
+
+from qcore.cli.pipeline import family_name
+
+
+def qcore(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "qcore", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    proto = conv_net()
+    return save(proto, folder / "m.onnx"), write_data(folder, proto)
+
+
+def test_the_verbs_make_one_path(files, tmp_path):
+    model, card = files
+
+    def run(*arguments, code=0):
+        done = qcore(*arguments, "--json")
+        assert done.returncode == code, done.stderr
+        return json.loads(done.stdout)  # one object and nothing else
+
+    run("repo", "init", "--repository", tmp_path / "repo", "--keys", tmp_path / "keys")
+    table = run("calibrate", "--model", model, "--data", card, "--out", tmp_path / "t.json")
+    assert table["samples"] == 40
+    made = run("quantize", "--model", model, "--table", tmp_path / "t.json", "--out", tmp_path / "q.onnx")
+    assert made["size_bytes"] == (tmp_path / "q.onnx").stat().st_size
+    assert made["steps"][-1]["skipped"] == []
+    report = run(
+        "evaluate", "--model", tmp_path / "q.onnx", "--baseline", model, "--data", card, "--out", tmp_path / "r.json"
+    )
+    assert report["model"]["sha256"] == made["model"]["sha256"]
+    (tmp_path / "p.yaml").write_text("agreement: {min: 0.5}\n")
+    gate = [
+        "gate",
+        "--report",
+        tmp_path / "r.json",
+        "--key",
+        tmp_path / "keys" / "gate.pem",
+        "--out",
+        tmp_path / "e.json",
+    ]
+    assert run(*gate, "--policy", tmp_path / "p.yaml")["outcome"] == "pass"
+    names = ["--family", "tiny", "--version", "1.0"]
+    proof = ["--evidence", tmp_path / "e.json"]
+    run("package", "--model", tmp_path / "q.onnx", "--data", card, *proof, *names, "--out", tmp_path / "a.qpkg")
+    where = ["--repository", tmp_path / "repo", "--keys", tmp_path / "keys"]
+    release = run("publish", "--package", tmp_path / "a.qpkg", *proof, *where)
+    assert (release["family"], release["version"], release["channel"]) == ("tiny", "1.0", "stable")
+    assert len(run("repo", "status", "--repository", tmp_path / "repo")["roles"]) >= 5
+    assert "signed" in run("repo", "refresh", *where)
+
+
+def test_a_gate_that_says_no_exits_with_3(files, tmp_path):
+    model, card = files
+    assert qcore("repo", "init", "--repository", tmp_path / "r", "--keys", tmp_path / "k").returncode == 0
+    made = ["--model", model, "--data", card, "--recipe", "int2-weights", "--out", tmp_path / "q.onnx"]
+    assert qcore("compress", *made).returncode == 0
+    judged = ["--model", tmp_path / "q.onnx", "--baseline", model, "--data", card, "--out", tmp_path / "r.json"]
+    assert qcore("evaluate", *judged).returncode == 0
+    gate = ["--report", tmp_path / "r.json", "--key", tmp_path / "k" / "gate.pem", "--out", tmp_path / "e.json"]
+    done = qcore("gate", *gate)
+    assert done.returncode == 3
+    assert "outcome: fail" in done.stdout
+
+
+def complaint(done, code):
+    """Return the one line on stderr of a command that failed as it should."""
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert done.stderr.splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+def test_a_missing_file(tmp_path):
+    line = complaint(qcore("calibrate", "--model", "no.onnx", "--data", "d.yaml", "--out", tmp_path / "t"), 1)
+    assert "no.onnx does not exist; check the path" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_model(files, tmp_path):
+    (tmp_path / "m.onnx").write_text("hello")
+    done = qcore("compress", "--model", tmp_path / "m.onnx", "--data", files[1], "--out", tmp_path / "q.onnx")
+    assert "not" in complaint(done, 1)
+    assert not (tmp_path / "q.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("x", "says"),
+    [
+        (np.zeros((60, 1, 28, 28), np.float32), "samples have shape (1, 28, 28); input 'x'"),
+        (np.full((60, 3, 8, 8), np.nan, np.float32), "sample 0 of t (t.npz) holds NaN"),
+    ],
+)
+def test_data_that_does_not_fit(files, tmp_path, x, says):
+    np.savez(tmp_path / "t.npz", x=x, y=np.zeros(60, int))
+    (tmp_path / "t.yaml").write_text("name: t\npath: t.npz\nsplits: {calibration: {}}\n")
+    done = qcore("calibrate", "--model", files[0], "--data", tmp_path / "t.yaml", "--out", tmp_path / "t.json")
+    assert says in complaint(done, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.npz", "t.yaml"]
+
+
+def test_a_misspelt_option_and_verb_are_usage_errors():
+    line = complaint(qcore("compress", "--modle", "m.onnx"), 2)
+    assert "--modle" in line
+    assert "--model" in line
+    assert "see `qcore compress --help`" in line
+    assert "compress" in complaint(qcore("compres"), 2)
+    assert "--model" in complaint(qcore("compress", "--data", "d"), 2)
+
+
+def test_a_misspelt_field_in_a_policy(files, tmp_path):
+    (tmp_path / "p.yaml").write_text("top1: {max_dorp: 0.01}\n")
+    gate = ["--report", tmp_path / "r.json", "--key", tmp_path / "k.pem", "--out", tmp_path / "e.json"]
+    (tmp_path / "r.json").write_text("{}")
+    assert "schema qcore.evaluation/1" in complaint(qcore("gate", *gate, "--policy", tmp_path / "p.yaml"), 1)
+
+
+def test_help_and_version_cost_nothing_and_succeed():
+    assert qcore("--version").stdout.startswith("qcore ")
+    done = qcore("--help")
+    assert done.returncode == 0
+    assert "compress" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("efficientnet_lite0.onnx", "efficientnet_lite0"), ("My Model (v2).onnx", "my-model-v2"), ("é.onnx", "model")],
+)
+def test_family_names_come_from_the_file(tmp_path, file, name):
+    assert family_name(tmp_path / file) == name

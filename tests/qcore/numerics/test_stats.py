@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from qcore.numerics.stats import RangeRule, merge_stats, range_from_stats, tensor_stats
+
+# All float32, subnormals and both ends included: exactness must not depend on friendly numbers.
+VALUES = st.floats(width=32, allow_nan=False, allow_infinity=False)
+PARTS = st.lists(hnp.arrays(np.float32, st.integers(1, 12), elements=VALUES), min_size=2, max_size=5)
+
+
+def same(a, b):
+    scalars = [(s.count, s.low, s.high, s.bins, s.exponent, s.first) for s in (a, b)]
+    return scalars[0] == scalars[1] and np.array_equal(a.histogram, b.histogram)
+
+
+@given(PARTS, st.randoms())
+def test_merging_in_any_order_and_grouping_equals_the_whole(parts, random):
+    whole = tensor_stats(np.concatenate(parts), bins=32)
+    shards = [tensor_stats(p, bins=32) for p in parts]
+    while len(shards) > 1:
+        a = shards.pop(random.randrange(len(shards)))
+        b = shards.pop(random.randrange(len(shards)))
+        shards.append(merge_stats(a, b))
+    assert same(shards[0], whole)
+
+
+@given(hnp.arrays(np.float32, st.integers(1, 50), elements=VALUES), st.integers(2, 300))
+def test_every_value_is_counted_in_a_bounded_number_of_bins(x, bins):
+    stats = tensor_stats(x, bins=bins)
+    assert stats.histogram.sum() == x.size
+    assert stats.histogram.size <= bins + 1
+    assert stats.histogram[0] > 0
+    assert stats.histogram[-1] > 0
+
+
+def test_chunks_inside_one_tensor_do_not_matter():
+    x = np.random.default_rng(0).standard_normal(200_001).astype(np.float32)
+    halves = merge_stats(tensor_stats(x[:70_000]), tensor_stats(x[70_000:]))
+    assert same(tensor_stats(x), halves)
+
+
+@given(hnp.arrays(np.float32, st.integers(1, 50), elements=VALUES), st.floats(50.1, 100))
+def test_percentile_ranges_lie_inside_the_observed_range(x, percentile):
+    stats = tensor_stats(x)
+    low, high = range_from_stats(stats, RangeRule(kind="percentile", percentile=percentile))
+    assert stats.low <= low <= high <= stats.high
+
+
+def test_percentile_cuts_outliers_and_min_max_keeps_them():
+    x = np.concatenate([np.random.default_rng(0).standard_normal(100_000), [1000.0, -500.0]]).astype(np.float32)
+    stats = tensor_stats(x, bins=1 << 16)
+    assert range_from_stats(stats, RangeRule()) == (-500.0, 1000.0)
+    low, high = range_from_stats(stats, RangeRule(kind="percentile", percentile=99.9))
+    assert -3.6 < low < -3.1  # the 0.05 % quantile of a normal is 3.29
+    assert 3.1 < high < 3.6
+
+
+def test_percentile_keeps_the_zeros_of_a_relu():
+    x = np.maximum(np.random.default_rng(0).standard_normal(10_000), 0).astype(np.float32)
+    low, high = range_from_stats(tensor_stats(x), RangeRule(kind="percentile", percentile=99))
+    assert low == 0.0
+    assert high < x.max()
+
+
+def test_a_hundred_per_cent_is_min_max():
+    x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    stats = tensor_stats(x)
+    assert range_from_stats(stats, RangeRule(kind="percentile", percentile=100)) == (stats.low, stats.high)
+
+
+@pytest.mark.parametrize(
+    "bad", [np.array([], np.float32), np.array([1, np.nan], np.float32), np.array([np.inf], np.float32)]
+)
+def test_nothing_and_not_finite_is_refused(bad):
+    with pytest.raises(ValueError, match="tensor"):
+        tensor_stats(bad)
+
+
+def test_different_resolutions_do_not_merge():
+    x = np.ones(3, np.float32)
+    with pytest.raises(ValueError, match="64 and 32 bins"):
+        merge_stats(tensor_stats(x, bins=64), tensor_stats(x, bins=32))

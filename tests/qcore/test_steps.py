@@ -1,0 +1,202 @@
+"""The steps on files: what they write, what they refuse, and that inputs stay as they were."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from models import conv_net, save, write_data
+
+from qcore import steps
+from qcore.errors import CalibrationError, ConfigError, DataError, GateRefused, ModelError
+from qcore.files import sha256_file
+from qcore.release.keys import create_keys
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A model and data in a folder of their own, which must look the same afterwards."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    proto = conv_net()
+    model, card = save(proto, folder / "m.onnx"), write_data(folder, proto)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    yield model, card
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_table_then_quantize_equals_compress_byte_for_byte(inputs, tmp_path):
+    model, card = inputs
+    steps.calibrate(model=model, data=card, out=tmp_path / "t.json")
+    one = steps.quantize(model=model, table=tmp_path / "t.json", out=tmp_path / "q.onnx", target="x86-vnni")
+    # compress calibrates the folded model: float32 rounding differs, ranges and therefore weights hardly do
+    two = steps.compress(model=model, data=card, out=tmp_path / "c.onnx", target="x86-vnni")
+    again = steps.compress(model=model, data=card, out=tmp_path / "d.onnx", target="x86-vnni")
+    assert two.sha256 == again.sha256 == sha256_file(tmp_path / "c.onnx")
+    assert [s.method for s in one.steps] == [s.method for s in two.steps] == ["fold-batchnorm", "gemm-head", "quantize"]
+    assert one.size_bytes == two.size_bytes
+    assert two.to_json()["output"] == str(tmp_path / "c.onnx")
+
+
+def test_a_table_of_another_model_is_refused(inputs, tmp_path):
+    model, card = inputs
+    steps.calibrate(model=model, data=card, out=tmp_path / "t.json")
+    other = save(conv_net(seed=1), tmp_path / "other.onnx")
+    with pytest.raises(CalibrationError, match=r"is of model .* run `qcore calibrate` on this model"):
+        steps.quantize(model=other, table=tmp_path / "t.json", out=tmp_path / "q.onnx")
+    assert not (tmp_path / "q.onnx").exists()
+
+
+def test_sparse_recipes_prune_before_they_calibrate(inputs, tmp_path):
+    model, card = inputs
+    summary = steps.compress(model=model, data=card, out=tmp_path / "s.onnx", recipe="sparse50-int8", target="x86-vnni")
+    graph = onnx.load(tmp_path / "s.onnx").graph
+    weights = [onnx.numpy_helper.to_array(i) for i in graph.initializer if "_pruned_quantized" in i.name]
+    assert [s.method for s in summary.steps] == ["fold-batchnorm", "prune", "gemm-head", "quantize"]
+    assert len(weights) == 4
+    assert all(np.mean(w == 0) >= 0.5 for w in weights)
+    with pytest.raises(ConfigError, match="prunes before it quantizes"):
+        steps.quantize(model=model, table=tmp_path / "no.json", out=tmp_path / "q.onnx", recipe="sparse50-int8")
+
+
+def test_nothing_asked_of_prune_gives_the_same_bytes(inputs, tmp_path):
+    model, _ = inputs
+    assert steps.prune(model=model, out=tmp_path / "p.onnx", sparsity=0.0).sha256 == sha256_file(model)
+    assert steps.prune(model=model, out=tmp_path / "p.onnx", sparsity=0.5).sha256 != sha256_file(model)
+    with pytest.raises(ConfigError, match="sparsity"):
+        steps.prune(model=model, out=tmp_path / "p.onnx", sparsity=1.0)
+
+
+def test_evaluate_then_gate_then_package_holds_one_digest(inputs, tmp_path):
+    model, card = inputs
+    keys = create_keys(tmp_path / "keys", ["stable"])
+    summary = steps.compress(model=model, data=card, out=tmp_path / "q.onnx", recipe="int8-min-max")
+    report = steps.evaluate(candidate=tmp_path / "q.onnx", baseline=model, data=card, out=tmp_path / "r.json")
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("agreement: {min: 0.5}\n")
+    decision = steps.gate(
+        report=tmp_path / "r.json", out=tmp_path / "e.json", key=keys.folder / "gate.pem", policy=policy
+    )
+    assert report.model.sha256 == decision.model_sha256 == summary.sha256
+    assert report.baseline.sha256 == sha256_file(model)
+    assert report.n == 200
+    assert decision.outcome == "pass"
+    arguments = {
+        "model": tmp_path / "q.onnx",
+        "data": card,
+        "evidence": tmp_path / "e.json",
+        "family": "f",
+        "version": "1",
+    }
+    first = steps.package(**arguments, out=tmp_path / "a.qpkg")
+    assert steps.package(**arguments, out=tmp_path / "b.qpkg").sha256 == first.sha256
+    with pytest.raises(GateRefused, match="the evidence is about model"):
+        steps.package(**{**arguments, "model": model}, out=tmp_path / "c.qpkg")
+    assert not (tmp_path / "c.qpkg").exists()
+
+
+def test_a_failed_gate_is_not_packaged(inputs, tmp_path):
+    model, card = inputs
+    keys = create_keys(tmp_path / "keys", ["stable"])
+    steps.compress(model=model, data=card, out=tmp_path / "q.onnx", recipe="int2-weights")
+    steps.evaluate(candidate=tmp_path / "q.onnx", baseline=model, data=card, out=tmp_path / "r.json")
+    decision = steps.gate(report=tmp_path / "r.json", out=tmp_path / "e.json", key=keys.folder / "gate.pem")
+    assert decision.outcome == "fail"
+    with pytest.raises(GateRefused, match="outcome is fail; only a pass is packaged"):
+        steps.package(
+            model=tmp_path / "q.onnx",
+            data=card,
+            evidence=tmp_path / "e.json",
+            out=tmp_path / "p.qpkg",
+            family="f",
+            version="1",
+        )
+
+
+def test_models_with_a_fixed_batch_are_calibrated_and_evaluated(tmp_path):
+    proto = conv_net(batch=16)
+    symbolic = conv_net()
+    model, card = save(proto, tmp_path / "m.onnx"), write_data(tmp_path, symbolic)
+    steps.compress(model=model, data=card, out=tmp_path / "q.onnx")
+    report = steps.evaluate(candidate=tmp_path / "q.onnx", baseline=model, data=card, out=tmp_path / "r.json")
+    assert report.n == 200  # 12 full batches and one filled up
+    assert report.metrics["baseline_top1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"model": "nowhere.onnx"}, ModelError, "nowhere.onnx does not exist"),
+        ({"data": "nowhere.yaml"}, DataError, "nowhere.yaml does not exist"),
+        ({"split": "train"}, DataError, "no split 'train'; allowed: calibration, evaluation"),
+        ({"recipe": "int9"}, ConfigError, "recipe 'int9' does not exist; allowed: int2-weights, int8"),
+        ({"target": "tpu"}, ConfigError, "target 'tpu' does not exist; allowed: arm-dotprod"),
+    ],
+)
+def test_wrong_arguments_are_refused_and_nothing_is_written(inputs, tmp_path, change, error, says):
+    model, card = inputs
+    change = {k: Path(v) if k in ("model", "data") else v for k, v in change.items()}
+    with pytest.raises(error, match=says):
+        steps.compress(**{"model": model, "data": card, "out": tmp_path / "out" / "q.onnx", **change})
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_is_never_the_output(inputs):
+    model, card = inputs
+    with pytest.raises(ConfigError, match="is also an input"):
+        steps.compress(model=model, data=card, out=model)
+
+
+def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
+    model = save(conv_net(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "tiny.npz", x=np.zeros((240, 1, 28, 28), np.float32), y=np.zeros(240, int))
+    (tmp_path / "tiny.yaml").write_text("name: t\npath: tiny.npz\nsplits: {calibration: {}}\n")
+    with pytest.raises(DataError, match=r"samples have shape \(1, 28, 28\); input 'x' of .* wants \(3, 8, 8\)"):
+        steps.calibrate(model=model, data=tmp_path / "tiny.yaml", out=tmp_path / "t.json")
+    assert not (tmp_path / "t.json").exists()
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from qcore import steps
+steps.calibrate(model=Path(sys.argv[1]), data=Path(sys.argv[2]), out=Path(sys.argv[3]), split=sys.argv[4])
+line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(line.split()[1])
+"""
+
+
+def test_memory_of_calibration_does_not_grow_with_the_samples(tmp_path):
+    save(conv_net(), tmp_path / "m.onnx")
+    x = np.random.default_rng(0).standard_normal((20_000, 3, 8, 8)).astype(np.float32)  # 15 MB, compressed or not
+    np.savez_compressed(tmp_path / "d.npz", x=x, y=np.zeros(len(x), int))
+    (tmp_path / "d.yaml").write_text(
+        "name: d\npath: d.npz\nsplits: {few: {range: [0, 50]}, many: {range: [0, 4000]}}\n"
+    )
+
+    def peak_kib(split):
+        command = [
+            sys.executable,
+            "-c",
+            MEASURE,
+            *map(str, (tmp_path / "m.onnx", tmp_path / "d.yaml", tmp_path / "t")),
+            split,
+        ]
+        return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+    few, many = peak_kib("few"), peak_kib("many")
+    assert many - few < 8 * 1024  # 4000 samples are 3 MB; their activations 60 MB; the whole array 15 MB
+
+
+def test_reports_are_json_with_the_promised_fields(inputs, tmp_path):
+    model, card = inputs
+    steps.evaluate(candidate=model, baseline=model, data=card, out=tmp_path / "r.json")
+    value = json.loads((tmp_path / "r.json").read_text())
+    assert value["metrics"]["top1"] == value["metrics"]["baseline_top1"] == value["metrics"]["agreement"] == 1.0
+    assert value["n"] == 200
+    assert value["model"]["sha256"] == sha256_file(model)
+    assert value["model"]["size_bytes"] == model.stat().st_size
+    assert value["latency_ms"]["p50"] > 0

@@ -1,0 +1,288 @@
+"""The same journals against a local database and a real MLflow server: what a reviewer finds there."""
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp import dsl
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run
+
+from qcore.errors import DataError
+from qcore.tracking.journal import TrackingError
+from qcore.tracking.replay import replay
+from qcore.tracking.rest import RestSink
+from qcore.tracking.sink import Batch, MetricPoint
+from qcore.tracking.tracker import Tracker
+from qcore.tracking.uploader import Uploader
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_and_quiet() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('a database')}/new/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/db", "--artifacts-destination", str(folder / "artifacts")]
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{uri}/health", timeout=1).close()  # noqa: S310 - our own server
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        else:
+            pytest.fail("mlflow server did not start within a minute")
+        yield uri
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(params=["database", "server"])
+def uri(request: pytest.FixtureRequest) -> str:
+    value: str = request.getfixturevalue(request.param)
+    return value
+
+
+def env_of(folder: Path, key: str, **more: str) -> dict[str, str]:
+    return {"QCORE_JOURNAL_DIR": str(folder), "QCORE_RUN_KEY": key, "QCORE_EXPERIMENT": f"exp {key}", **more}
+
+
+def record(folder: Path, env: Mapping[str, str]) -> None:
+    """Do what a run does: the runner's journal around a task that works and one that fails."""
+    report = folder.with_suffix(".report")
+    report.write_text('{"top1": 0.5}')
+    with Tracker(None, run_name="digits 1.0.0", env=env) as run:
+        run.params({"family": "digits"})
+        with Tracker("quantize", env=env) as t:
+            t.params({"recipe": "int8"})
+            t.params({"recipe": "int8", "target": "x86-vnni"}, on="parent")
+            for step in range(3):
+                t.metrics({"sqnr_db": 30.0 + step}, step=step)
+            t.metrics({"top1": 0.5}, on="parent")
+            t.note("**PASS** it is good")
+            t.artifact(report, "report", name="report.json", on="parent")
+        report.unlink()
+        with pytest.raises(DataError), Tracker("evaluate", env=env):
+            raise DataError("x.npz: 3 NaN; clean it")
+
+
+def runs_of(uri: str, key: str) -> tuple[Run, dict[str, Run]]:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(f"exp {key}")
+    assert experiment is not None
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    runs = client.search_runs([experiment.experiment_id])
+    children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
+    (parent,) = [r for r in runs if r not in children]
+    assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent.info.run_id}
+    by_task = {r.data.tags["qcore.task"]: r for r in children}
+    assert len(by_task) == len(children)
+    return parent, by_task
+
+
+def expect_everything_once(uri: str, key: str) -> None:
+    client = MlflowClient(uri)
+    parent, children = runs_of(uri, key)
+    assert set(children) == {"quantize", "evaluate"}
+    assert parent.info.run_name == "digits 1.0.0"
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params == {"family": "digits", "recipe": "int8", "target": "x86-vnni"}
+    assert parent.data.tags["mlflow.note.content"] == "**PASS** it is good"
+    assert [(m.value, m.step) for m in client.get_metric_history(parent.info.run_id, "top1")] == [(0.5, 0)]
+    assert [a.path for a in client.list_artifacts(parent.info.run_id, "report")] == ["report/report.json"]
+    quantize, evaluate = children["quantize"], children["evaluate"]
+    assert (quantize.info.status, evaluate.info.status) == ("FINISHED", "FAILED")
+    assert evaluate.data.tags["qcore.error"] == "DataError: x.npz: 3 NaN; clean it"
+    history = client.get_metric_history(quantize.info.run_id, "sqnr_db")
+    assert sorted((m.step, m.value) for m in history) == [(0, 30.0), (1, 31.0), (2, 32.0)]
+    assert quantize.info.start_time <= quantize.info.end_time
+
+
+def test_replaying_twice_leaves_everything_once(uri: str, tmp_path: Path) -> None:
+    folder = tmp_path / "journal"
+    record(folder, env_of(folder, "twice"))
+    first = replay(folder, uri)
+    expect_everything_once(uri, "twice")
+    assert replay(folder, uri) == first
+    expect_everything_once(uri, "twice")
+    assert first.journals == 3
+    path = MlflowClient(uri).download_artifacts(first.parents[0], "report/report.json", str(tmp_path))
+    assert Path(path).read_text() == '{"top1": 0.5}'
+
+
+def test_tasks_send_to_a_server_by_themselves(server: str, tmp_path: Path) -> None:
+    folder = tmp_path / "journal"
+    record(folder, env_of(folder, "live", MLFLOW_TRACKING_URI=server))
+    expect_everything_once(server, "live")
+
+
+def test_the_uploader_sends_journals_while_they_grow(uri: str, tmp_path: Path) -> None:
+    folder = tmp_path / "journal"
+    uploader = Uploader(folder, uri, {})
+    env = env_of(folder, "upload")
+    with Tracker(None, run_name="digits 1.0.0", env=env) as run:
+        assert run.journal.path is not None
+        uploader.offer(run.journal.path)
+        with Tracker("quantize", env=env) as t:
+            assert t.journal.path is not None
+        uploader.offer(t.journal.path)
+    uploader.offer(run.journal.path)
+    result = uploader.close()
+    parent, children = runs_of(uri, "upload")
+    assert result.problem is None
+    assert result.run_id == parent.info.run_id
+    assert parent.info.status == "FINISHED"
+    assert set(children) == {"quantize"}
+
+
+def test_a_long_series_is_sent_in_pieces(server: str) -> None:
+    sink = RestSink(server, {})
+    run = sink.create_run(sink.experiment("long"), name="r", tags={}, start_ms=1)
+    batch = Batch(
+        params={f"p{i}": "v" for i in range(250)},
+        metrics=[MetricPoint(key="m", value=float(i), step=i, time_ms=i) for i in range(1200)],
+    )
+    for chunk in batch.chunks():
+        sink.log(run, chunk)
+    client = MlflowClient(server)
+    assert len(client.get_metric_history(run, "m")) == 1200
+    assert len(client.get_run(run).data.params) == 250
+
+
+@contextmanager
+def dying(server: str, calls: int) -> Iterator[str]:
+    """Pass `calls` requests on to the server, then answer 500 to everything."""
+    host = server.removeprefix("http://")
+    left = [calls]
+
+    class Proxy(BaseHTTPRequestHandler):
+        def pass_on(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            left[0] -= 1
+            if left[0] < 0:
+                self.send_error(500)
+                return
+            connection = http.client.HTTPConnection(host, timeout=10)
+            connection.request(self.command, self.path, body, {"Content-Type": self.headers["Content-Type"]})
+            answer = connection.getresponse()
+            data = answer.read()
+            connection.close()
+            self.send_response(answer.status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self) -> None:
+            self.pass_on()
+
+        def do_POST(self) -> None:
+            self.pass_on()
+
+        def do_PUT(self) -> None:
+            self.pass_on()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}"
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+@pytest.mark.parametrize("calls", [1, 4, 6, 9])
+def test_a_server_that_dies_midway_gets_the_rest_later_and_once(server: str, tmp_path: Path, calls: int) -> None:
+    folder, key = tmp_path / "journal", f"dying-{calls}"
+    with dying(server, calls) as address:
+        started = time.monotonic()
+        record(folder, env_of(folder, key, MLFLOW_TRACKING_URI=address))
+        assert time.monotonic() - started < 10
+    replay(folder, server)
+    expect_everything_once(server, key)
+
+
+def test_runs_that_kubeflow_made_are_adopted(server: str, tmp_path: Path) -> None:
+    client = MlflowClient(server)
+    experiment = client.create_experiment("KFP-Default")
+    root = client.create_run(experiment, run_name="release run").info.run_id
+    loop = client.create_run(experiment, tags={"mlflow.parentRunId": root}).info.run_id
+    task = client.create_run(experiment, tags={"mlflow.parentRunId": loop}).info.run_id
+    env = env_of(tmp_path / "journal", "unused", MLFLOW_TRACKING_URI=server, MLFLOW_RUN_ID=task)
+    output = dsl.Metrics(name="metrics", uri=str(tmp_path / "m"))
+
+    with Tracker("evaluate", env=env) as t:
+        t.params({"split": "evaluation"})
+        t.metrics({"top1": 0.5}, kfp=output)
+        t.metrics({"series": 1.0}, step=1)
+        t.metrics({"top1": 0.5}, on="parent")
+        t.tags({"qcore.gate": "pass"}, on="parent")
+        t.note("verdict")
+    launcher_log(client, task, {"split": '"evaluation"'}, output.metadata)
+    replay(tmp_path / "journal", server)
+
+    run, parent = client.get_run(task), client.get_run(root)
+    assert run.info.status == parent.info.status == "RUNNING"
+    assert run.data.params == {"split": '"evaluation"'}
+    assert {k: len(client.get_metric_history(task, k)) for k in run.data.metrics} == {"top1": 1, "series": 1}
+    assert parent.data.metrics == {"top1": 0.5}
+    assert parent.data.tags["qcore.gate"] == "pass"
+    assert parent.data.tags["mlflow.note.content"] == "verdict"
+    assert len(client.search_runs([experiment])) == 3
+
+
+def launcher_log(client: MlflowClient, run_id: str, params: dict[str, str], scalars: dict[str, Any]) -> None:
+    """Log as KFP's launcher does after the task: one batch, refused whole if a parameter changes."""
+    points = [Metric(k, v, int(time.time() * 1000), 0) for k, v in scalars.items()]
+    client.log_batch(run_id, metrics=points, params=[Param(k, v) for k, v in params.items()])
+
+
+def test_a_key_that_no_filter_can_hold_is_refused(database: str, tmp_path: Path) -> None:
+    folder = tmp_path / "journal"
+    with Tracker(None, env=env_of(folder, "it's")):
+        pass
+    with pytest.raises(TrackingError, match="holds a quote"):
+        replay(folder, database)
+
+
+def test_a_database_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "journal"
+    with Tracker(None, env=env_of(folder, "k")):
+        pass
+    (tmp_path / "db").write_text("this is not a database, but long enough to be looked at" * 100)
+    with pytest.raises(TrackingError) as e:
+        replay(folder, f"sqlite:///{tmp_path / 'db'}")
+    assert "\n" not in str(e.value)
