@@ -14,12 +14,13 @@ from qcore.canonical import Json
 from qcore.steps import Progress as Report
 
 PLAIN_EVERY_S = 2.0
+PIPED_WIDTH = 120
 MIB = 1 << 20
 
 
 def out() -> Console:
-    """Return the console of stdout."""
-    return Console(highlight=False, soft_wrap=True)
+    """Return the console of stdout; wide where nobody has a window whose width would count."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 def print_json(value: Json) -> None:
@@ -28,15 +29,16 @@ def print_json(value: Json) -> None:
 
 
 def print_facts(title: str, facts: Mapping[str, str]) -> None:
-    """Print a two-column table."""
-    print_table(title, ("", ""), [(k, v) for k, v in facts.items()], header=False)
+    """Print a title and a line per fact, unwrapped, so that paths can be copied."""
+    width = max(map(len, facts), default=0)
+    print("\n".join([title, *(f"  {k:<{width}}  {v}" for k, v in facts.items())]))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, header: bool = True) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; the first column is left aligned, the others right."""
-    table = Table(title=title, title_justify="left", show_header=header, header_style="bold")
+    table = Table(title=title, title_justify="left", header_style="bold")
     for k, column in enumerate(columns):
-        table.add_column(column, justify="left" if k == 0 or not header else "right", overflow="fold")
+        table.add_column(column, justify="left" if k == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     out().print(table)

@@ -60,7 +60,7 @@ def _plain(title: str) -> Callable[[Row], None]:
     def changed(row: Row) -> None:
         state, then = last.get(row.name, ("waiting", 0.0))
         now = time.monotonic()
-        if row.state != state or (row.total and now - then >= PLAIN_EVERY_S):
+        if row.state != state or (row.state == "running" and row.total and now - then >= PLAIN_EVERY_S):
             last[row.name] = (row.state, now)
             print(
                 f"  {MARKS[row.state]} {row.name} {_seconds(row)} {_doing(row)}".rstrip(), file=sys.stderr, flush=True
