@@ -1,0 +1,44 @@
+"""The bars on real models and real images; skipped where they are not at hand (see the `bench` fixture)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qcore import steps
+from qcore.runtime.ort import optimized_ops
+
+FLOAT_KERNELS = {"Conv", "FusedConv", "ConvInteger"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "card", "convolutions"),
+    [("efficientnet_lite0", "imagenet500_eff0", 49), ("mobilenetv2_100_224", "imagenet500", 52)],
+)
+def test_int8_is_within_a_point_of_float_and_runs_on_integers(bench, tmp_path, name, card, convolutions):
+    model, data, out = bench / f"models/{name}.onnx", bench / f"{card}.yaml", tmp_path / "int8.onnx"
+    steps.compress(model=model, data=data, out=out)
+    report = steps.evaluate(candidate=out, baseline=model, data=data, out=tmp_path / "report.json")
+    assert report.n == 400
+    assert report.metrics["top1_delta"] >= -0.01
+    assert report.metrics["agreement"] >= 0.97
+    ops = optimized_ops(out.read_bytes())
+    assert ops["QLinearConv"] == convolutions  # MobileNetV2's 53rd, the head, runs as a QGemm with float logits
+    assert not FLOAT_KERNELS & set(ops)
+
+
+@pytest.mark.slow
+def test_a_real_model_goes_through_the_pipeline_to_a_device(bench, tmp_path):
+    command = [sys.executable, "-P", "-m", "qcore", "pipeline", "run", "--json", "--workspace", str(tmp_path / "w")]
+    command += ["--model", str(bench / "models/resnet8_cifar10.onnx"), "--data", str(bench / "cifar10.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["outcome"] == "pass"
+    assert facts["decision"]["n"] == 10_000
+    assert [t["state"] for t in facts["tasks"]] == ["done"] * 7
+    assert facts["device"]["model_sha256"] == facts["decision"]["model_sha256"] == facts["release"]["model_sha256"]
+    assert (Path(facts["device"]["slot"]) / "model.onnx").is_file()
