@@ -52,6 +52,6 @@ unit: .venv/.installed-dev
 	@echo "[test] pytest"
 	@$(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 compile: .venv/.installed-dev
-	@$(PY) -m qcore.pipelines.compile .
+	@$(PY) -m qcore.pipelines.compile . && $(PY) -m qcore.schemas docs/schemas
 clean:
 	rm -rf .venv .build build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

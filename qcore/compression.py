@@ -1,5 +1,7 @@
 """Recipes: the ordered steps of one compression run, and nothing but their order."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, assert_never
 
@@ -11,7 +13,7 @@ from qcore.config import Config, load_config
 from qcore.errors import ConfigError
 from qcore.graph.fold import fold_batchnorm
 from qcore.graph.head import conv_head_to_gemm
-from qcore.graph.rewrite import Rewrite
+from qcore.graph.rewrite import Rewrite, Skipped
 from qcore.methods.prune import PruneStep, prune
 from qcore.methods.quantize import QuantizeStep, quantize
 from qcore.target import TargetProfile, shipped_or_file
@@ -57,6 +59,46 @@ def load_recipe(name: str) -> Recipe:
     if any(isinstance(s, QuantizeStep) for s in recipe.steps[:-1]):
         raise ConfigError(f"recipe {recipe.name}: a step follows quantize; allowed: quantize is the last step")
     return recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AppliedStep:
+    """What one step did: method, names that changed, nodes that were left alone and why."""
+
+    method: str
+    changed: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compressed:
+    """The model after a recipe, and what each step did."""
+
+    model: ir.Model
+    steps: tuple[AppliedStep, ...]
+
+
+def compress(
+    model: ir.Model, recipe: Recipe, target: TargetProfile, calibrated: Callable[[ir.Model], CalibrationTable] | None
+) -> Compressed:
+    """Return `model` after all steps of `recipe`; the argument is not changed.
+
+    Args:
+        model: float model.
+        recipe: steps in order.
+        target: profile of the device.
+        calibrated: gives the table of the model that `quantize` is about to see; None where no step needs one.
+
+    Raises:
+        ConfigError: a step needs a table and there is none.
+    """
+    applied = []
+    for step in recipe.steps:
+        table = calibrated(model) if isinstance(step, QuantizeStep) and calibrated is not None else None
+        rewrite = apply_step(model, step, target, table)
+        model = rewrite.model
+        applied.append(AppliedStep(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped))
+    return Compressed(model=model, steps=tuple(applied))
 
 
 def apply_step(model: ir.Model, step: Step, target: TargetProfile, table: CalibrationTable | None) -> Rewrite:

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qcore.calibration import CalibrationTable
-    from qcore.compression import Recipe
+    from qcore.compression import AppliedStep, Recipe
     from qcore.data.dataset import Dataset
-    from qcore.graph.rewrite import Skipped
     from qcore.release.package import Package
     from qcore.release.repository import Release
     from qcore.report import EvaluationReport, GateDecision
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and of how many."""
 
+CALIBRATION_BINS = 2048
+ANY_TARGET = "x86-avx2"  # pruning does not look at it
 EVALUATION_BATCH = 8
 MAX_GOLDEN_SAMPLES, MIN_GOLDEN_SAMPLES = 8, 2
 GOLDEN_SHARE = 10  # golden inputs take at most a tenth of the model's bytes, unless that is fewer than the minimum
@@ -37,15 +38,6 @@ GOLDEN_AGREEMENT = 0.875
 
 def _silent(what: str, done: int, total: int) -> None:
     del what, done, total
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepSummary:
-    """One applied step: method, names that changed, nodes that were left alone and why."""
-
-    method: str
-    changed: tuple[str, ...]
-    skipped: "tuple[Skipped, ...]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +51,7 @@ class CompressionSummary:
     recipe: str
     recipe_sha256: Digest
     target: str
-    steps: tuple[StepSummary, ...]
+    steps: "tuple[AppliedStep, ...]"
 
     def to_json(self) -> Json:
         """Return the JSON form of `--json`."""
@@ -82,7 +74,7 @@ class CompressionSummary:
         }
 
 
-def prune(*, model: Path, out: Path, sparsity: float = 0.5, progress: Progress = _silent) -> CompressionSummary:
+def prune(*, model: Path, out: Path, sparsity: float = 0.5) -> CompressionSummary:
     """Return the summary of `out`: `model` with the fraction `sparsity` of every layer's weights set to zero."""
     from qcore.compression import Recipe
     from qcore.config import check_config
@@ -92,7 +84,7 @@ def prune(*, model: Path, out: Path, sparsity: float = 0.5, progress: Progress =
     )
     if sparsity == 0:
         return _unchanged(model, out, recipe)
-    return _compressed(model, out, recipe, "host", None, progress)
+    return _compressed(model, out, recipe, ANY_TARGET, None)
 
 
 def calibrate(
@@ -101,7 +93,7 @@ def calibrate(
     data: Path,
     out: Path,
     split: str = "calibration",
-    bins: int = 2048,
+    bins: int = CALIBRATION_BINS,
     progress: Progress = _silent,
 ) -> "CalibrationTable":
     """Return the calibration table of `model` over `split`, written to `out`."""
@@ -124,7 +116,9 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
         ConfigError: the recipe changes weights before it quantizes, which the table has not seen.
     """
     from qcore.calibration import load_table
+    from qcore.canonical import sha256_bytes
     from qcore.compression import load_recipe
+    from qcore.graph.io import read_model_bytes
     from qcore.methods.prune import PruneStep
 
     loaded = load_recipe(recipe)
@@ -133,7 +127,9 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
             f"recipe {loaded.name} prunes before it quantizes, but the table is of the unpruned model; run "
             "`qcore prune`, calibrate the result, then quantize; or use `qcore compress`"
         )
-    return _compressed(model, out, loaded, target, load_table(table), _silent)
+    measured = load_table(table)
+    _expect_table_of(measured, sha256_bytes(read_model_bytes(model)), model)
+    return _compressed(model, out, loaded, target, lambda current: measured)
 
 
 def compress(
@@ -149,10 +145,17 @@ def compress(
     """Return the summary of `out`: `model` after all steps of `recipe`, calibrated on `split` where one needs it."""
     from qcore.compression import load_recipe
     from qcore.data.dataset import open_dataset
+    from qcore.graph.io import serialize_model
 
     loaded = load_recipe(recipe)
-    dataset = open_dataset(data, split) if loaded.needs_calibration else None
-    return _compressed(model, out, loaded, target, dataset, progress)
+    if not loaded.needs_calibration:
+        return _compressed(model, out, loaded, target, None)
+    dataset = open_dataset(data, split)
+
+    def calibrated(current: "ir.Model") -> "CalibrationTable":
+        return _table(serialize_model(current), current, dataset, CALIBRATION_BINS, progress)
+
+    return _compressed(model, out, loaded, target, calibrated)
 
 
 def evaluate(
@@ -286,32 +289,18 @@ def _compressed(
     out: Path,
     recipe: "Recipe",
     target: str,
-    evidence: "CalibrationTable | Dataset | None",
-    progress: Progress,
+    calibrated: "Callable[[ir.Model], CalibrationTable] | None",
 ) -> CompressionSummary:
-    """Apply `recipe`; `evidence` is a table of `model`, or data to make a table of what the steps before left."""
-    from qcore.calibration import CalibrationTable
-    from qcore.canonical import sha256_bytes
-    from qcore.compression import apply_step
-    from qcore.graph.io import parse_model, read_model_bytes, save_model, serialize_model
-    from qcore.methods.quantize import QuantizeStep
+    """Apply `recipe` to files; `calibrated` gives the table of the model that is about to be quantized."""
+    from qcore.compression import compress as apply_recipe
+    from qcore.graph.io import parse_model, read_model_bytes, save_model
     from qcore.target import load_target
 
     _refuse_overwrite(out, model)
     raw = read_model_bytes(model)
-    current, profile = parse_model(raw, str(model)), load_target(target)
-    if isinstance(evidence, CalibrationTable):
-        _expect_table_of(evidence, sha256_bytes(raw), model)
-    steps = []
-    for step in recipe.steps:
-        table = evidence if isinstance(evidence, CalibrationTable) else None
-        if isinstance(step, QuantizeStep) and evidence is not None and table is None:
-            assert not isinstance(evidence, CalibrationTable)  # noqa: S101 - the line above, for the type checker
-            table = _table(serialize_model(current), current, evidence, 2048, progress)
-        rewrite = apply_step(current, step, profile, table)
-        current = rewrite.model
-        steps.append(StepSummary(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped))
-    digest = save_model(current, out)
+    profile = load_target(target)
+    result = apply_recipe(parse_model(raw, str(model)), recipe, profile, calibrated)
+    digest = save_model(result.model, out)
     return CompressionSummary(
         output=out,
         sha256=digest,
@@ -320,7 +309,7 @@ def _compressed(
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
         target=profile.name,
-        steps=tuple(steps),
+        steps=result.steps,
     )
 
 

@@ -32,7 +32,7 @@ def prune(
     with Tracker("prune") as t:
         t.params({"sparsity": sparsity})
         expect_model(Path(model.path), model_sha256)
-        result = steps.prune(model=Path(model.path), out=Path(pruned.path), sparsity=sparsity, progress=t.progress)
+        result = steps.prune(model=Path(model.path), out=Path(pruned.path), sparsity=sparsity)
         write_json(Path(summary.path), result.to_json())
         pruned.metadata.update(file_facts(Path(pruned.path), "onnx"))
         t.params({"sparsity": sparsity}, on="parent")
