@@ -18,13 +18,12 @@ PLAIN_EVERY_S = 2.0
 @contextlib.contextmanager
 def step_table(title: str) -> Iterator[Callable[[Row], None]]:
     """Yield the callback that a run reports its tasks to; the last state stays on the screen."""
+    print(title, file=sys.stderr, flush=True)
     if not sys.stderr.isatty():
-        yield _plain(title)
+        yield _plain()
         return
     rows: dict[str, Row] = {}
-    with Live(
-        get_renderable=lambda: _table(title, list(rows.values())), console=Console(stderr=True), refresh_per_second=8
-    ):
+    with Live(get_renderable=lambda: _table(list(rows.values())), console=Console(stderr=True), refresh_per_second=8):
 
         def changed(row: Row) -> None:
             rows[row.name] = row
@@ -32,8 +31,8 @@ def step_table(title: str) -> Iterator[Callable[[Row], None]]:
         yield changed
 
 
-def _table(title: str, rows: list[Row]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+def _table(rows: list[Row]) -> Table:
+    table = Table(show_header=False, box=None)
     for row in rows:
         table.add_row(MARKS[row.state], row.name, _seconds(row), _doing(row))
     return table
@@ -53,8 +52,7 @@ def _doing(row: Row) -> str:
     return "not run" if row.state == "skipped" else ""
 
 
-def _plain(title: str) -> Callable[[Row], None]:
-    print(title, file=sys.stderr, flush=True)
+def _plain() -> Callable[[Row], None]:
     last: dict[str, tuple[str, float]] = {}
 
     def changed(row: Row) -> None:
