@@ -287,6 +287,7 @@ def _budget_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
             observed=value,
             bound=value,
             limit=float(limit),
+            wanted="at most",
             reason=what,
         )
         for name, (value, limit, what) in observed.items()

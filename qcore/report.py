@@ -107,18 +107,35 @@ class EvaluationReport:
 class Check:
     """One question of the policy and its answer.
 
-    `observed` is the point value, `bound` the one-sided confidence bound that is held against `limit` (equal to
-    `observed` where the value has no sampling error), `needs_samples` the further samples that would decide an
-    inconclusive check at the observed rates.
+    `observed` is the point value, `bound` the one-sided confidence bound that is held against `limit` in the sense
+    of `wanted` (equal to `observed` where the value has no sampling error), `needs_samples` the further samples that
+    would decide an inconclusive check at the observed rates.
+
+    Invariant: all numbers are finite, and the outcome is `pass` exactly if the bound satisfies the limit.
     """
 
     name: str
     outcome: Outcome
-    observed: float | None
-    bound: float | None
+    observed: float
+    bound: float
     limit: float
     reason: str
+    wanted: Literal["at least", "at most"] = "at least"
     needs_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        """Hold the invariant, also for a check that was read from a file."""
+        numbers = (self.observed, self.bound, self.limit)
+        if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+            raise GateRefused(f"check {self.name}: {numbers} are not finite numbers; run `qcore gate` again")
+        if self.outcome not in get_args(Outcome):
+            raise GateRefused(f"check {self.name}: outcome {self.outcome!r}; allowed: {', '.join(get_args(Outcome))}")
+        holds = self.bound >= self.limit if self.wanted == "at least" else self.bound <= self.limit
+        if holds != (self.outcome == "pass"):
+            raise GateRefused(
+                f"check {self.name}: bound {self.bound}, wanted {self.wanted} {self.limit}, is called {self.outcome}; "
+                "run `qcore gate` again"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,12 +211,8 @@ def decision_from_json(value: Json) -> GateDecision:
         decision = GateDecision(**{**v, "checks": checks})
     except (KeyError, TypeError) as e:
         raise GateRefused(f"gate decision: field {e} is wrong or missing; run `qcore gate` again") from e
-    for outcome in (decision.outcome, *(c.outcome for c in checks)):
-        if outcome not in get_args(Outcome):
-            raise GateRefused(f"gate decision: outcome {outcome!r}; allowed: {', '.join(get_args(Outcome))}")
-    values = [x for c in checks for x in (c.observed, c.bound, c.limit) if x is not None]
-    if not all(isinstance(x, int | float) and math.isfinite(x) for x in values):
-        raise GateRefused("gate decision: a check holds a value that is not a finite number; run `qcore gate` again")
+    if decision.outcome not in get_args(Outcome):
+        raise GateRefused(f"gate decision: outcome {decision.outcome!r}; allowed: {', '.join(get_args(Outcome))}")
     return decision
 
 

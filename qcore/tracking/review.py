@@ -97,7 +97,7 @@ STYLE = (
 def _why(decision: GateDecision) -> str:
     basis = f"{decision.n} paired samples, {decision.confidence:.0%} confidence"
     if decision.outcome == "pass":
-        return f"All {len(decision.checks)} checks hold ({basis})."
+        return f"{'The check holds' if len(decision.checks) == 1 else 'All checks hold'} ({basis})."
     open_checks = [c for c in decision.checks if c.outcome != "pass"]
     reasons = "; ".join(f"{c.name}: {c.reason}" for c in open_checks) or "the policy has no checks"
     more = max((c.needs_samples or 0 for c in open_checks), default=0)

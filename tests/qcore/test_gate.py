@@ -201,5 +201,15 @@ def test_a_pass_cannot_be_claimed_for_failed_checks():
         decision_from_json({**value, "outcome": "pass", "checks": []})
 
 
+@pytest.mark.parametrize(
+    "change", [{"bound": -0.5}, {"limit": 0.5}, {"observed": float("nan")}, {"bound": None}, {"outcome": "fine"}]
+)
+def test_a_passed_check_whose_numbers_say_otherwise_is_refused(change):
+    value = decide(report(0, 0, 1000), ONE_POINT).to_json()
+    value = {**value, "checks": [{**value["checks"][0], **change}]}
+    with pytest.raises(GateRefused, match="check top1_drop"):
+        decision_from_json(value)
+
+
 def test_a_hundred_thousand_samples_are_judged_at_once():
     assert decide(report(300, 400, 100_000, both_wrong=1000), ONE_POINT).outcome == "pass"
