@@ -1,1 +1,14 @@
-"""Kubeflow Pipelines components: thin, typed, one call each. Import as `qcore.components`."""
+"""Kubeflow Pipelines components: thin, typed, one call each.
+
+`from qcore.components import calibrate, quantize` gives the components themselves, to compose in a pipeline.
+"""
+
+from qcore.components.calibrate import calibrate
+from qcore.components.evaluate import evaluate
+from qcore.components.gate import gate
+from qcore.components.package import package
+from qcore.components.prune import prune
+from qcore.components.publish import publish
+from qcore.components.quantize import quantize
+
+__all__ = ["calibrate", "evaluate", "gate", "package", "prune", "publish", "quantize"]

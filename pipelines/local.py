@@ -22,7 +22,7 @@ from pathlib import Path
 
 from qcore import errors
 from qcore.canonical import Json
-from qcore.errors import ConfigError, DataError, ModelError, QcoreError
+from qcore.errors import ConfigError, DataError, ModelError, QcoreError, ReleaseError
 from qcore.files import sha256_file, write_json
 from qcore.pipelines.watch import Row, Watch
 from qcore.report import GateDecision, Outcome
@@ -156,6 +156,8 @@ def _request(arguments: ReleaseArguments) -> dict[str, Json]:
             raise kind(f"{what} {path}: no such file or folder; pass one that exists (`qcore repo init` makes keys)")
     load_recipe(a.recipe)
     load_target(a.target)
+    _check_splits(a)
+    _check_channel(a)
     if a.policy:
         load_config(a.policy, GatePolicy, "gate policy")
     return {
@@ -175,6 +177,29 @@ def _request(arguments: ReleaseArguments) -> dict[str, Json]:
         "calibration_split": a.calibration_split,
         "evaluation_split": a.evaluation_split,
     }
+
+
+def _check_splits(a: ReleaseArguments) -> None:
+    """Refuse a run whose candidate would be judged on samples that its ranges were taken from."""
+    from qcore.data.dataset import open_dataset, shared_samples
+
+    calibration, evaluation = open_dataset(a.data, a.calibration_split), open_dataset(a.data, a.evaluation_split)
+    if shared := shared_samples(calibration, evaluation):
+        raise DataError(
+            f"splits {a.calibration_split!r} and {a.evaluation_split!r} share {shared} samples; allowed: none, or the "
+            "candidate is judged on what it was fitted to; separate them in the data card"
+        )
+
+
+def _check_channel(a: ReleaseArguments) -> None:
+    """Refuse a channel that the repository does not have."""
+    from qcore.release.repository import status
+    from qcore.release.store import DirectoryStore
+
+    roles = [row.role for row in status(DirectoryStore(folder=a.repository), now=datetime.now(UTC))]
+    if f"channel-{a.channel}" not in roles:
+        known = ", ".join(r.removeprefix("channel-") for r in roles if r.startswith("channel-"))
+        raise ReleaseError(f"repository {a.repository} has no channel {a.channel!r}; allowed: {known or 'none'}")
 
 
 def _name_or_path(value: str) -> str:

@@ -5,7 +5,6 @@ gate's.
 """
 
 import io
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ from qcore.numerics.error import ratio_db
 from qcore.report import PairedCounts, Samples
 
 Tensors = Mapping[str, NDArray[np.generic]]
+SQNR_LIMIT = 300.0
 Predict = Callable[[Tensors], Mapping[str, NDArray[np.generic]]]
 
 
@@ -42,6 +42,8 @@ class _Columns:
     label: list[int] = field(default_factory=list)
     baseline: list[int] = field(default_factory=list)
     candidate: list[int] = field(default_factory=list)
+    powers: list[list[tuple[float, float]]] = field(default_factory=list)
+    classes: int = 0
 
 
 def evaluate(
@@ -51,7 +53,8 @@ def evaluate(
 ) -> PairedResult:
     """Return the paired result of both models over `batches`.
 
-    The first output is compared: its arg-max over all axes but the first is the prediction.
+    The arg-max of the first output, over all axes but the first, is the prediction; an output of one value per
+    sample names no class, so nothing is counted right or agreeing for it. The output error covers every output.
 
     Args:
         candidate: named inputs to named outputs, batch first.
@@ -63,40 +66,50 @@ def evaluate(
         DataError: a label is not a class of the model, or there are no samples.
     """
     columns = _Columns()
-    signal = noise = 0.0
     labelled = True
     for index, fed, labels in batches:
-        n = len(index)
-        theirs, ours = _output(baseline(fed), "baseline", n), _output(candidate(fed), "candidate", n)
-        if theirs.shape != ours.shape:
+        theirs, ours = (
+            _outputs(baseline(fed), "baseline", len(index)),
+            _outputs(candidate(fed), "candidate", len(index)),
+        )
+        shapes = [{k: v.shape[1:] for k, v in side.items()} for side in (ours, theirs)]
+        if shapes[0] != shapes[1]:
             raise ModelError(
-                f"candidate gives outputs {ours.shape}, baseline {theirs.shape}; allowed: equal shapes; pass the "
+                f"candidate gives outputs {shapes[0]}, baseline {shapes[1]}; allowed: equal names and shapes; pass the "
                 "model that the candidate was made from as baseline"
             )
-        signal += float(np.sum(theirs**2))
-        noise += float(np.sum((theirs - ours) ** 2))
+        first = next(iter(theirs))
+        classes = theirs[first].shape[1]
+        columns.powers.append([(np.sum(v**2), np.sum((v - ours[k]) ** 2)) for k, v in theirs.items()])
         columns.index += index.tolist()
-        columns.baseline += theirs.argmax(axis=1).tolist()
-        columns.candidate += ours.argmax(axis=1).tolist()
+        columns.baseline += theirs[first].argmax(axis=1).tolist()
+        columns.candidate += ours[first].argmax(axis=1).tolist()
+        columns.classes = classes
         if labels is None:
             labelled = False
         else:
-            _check_labels(labels, index, theirs.shape[1])
+            _check_labels(labels, index, classes)
             columns.label += labels.tolist()
     if not columns.index:
         raise DataError("there are no samples to evaluate; allowed: at least 1; check the split in the data card")
-    return _result(columns, labelled, ratio_db(signal, noise))
+    return _result(columns, labelled)
 
 
-def _output(outputs: Mapping[str, NDArray[np.generic]], who: str, n: int) -> NDArray[np.float64]:
-    name, value = next(iter(outputs.items()))
-    flat = value.reshape(len(value), -1)[:n].astype(np.float64)  # a fixed batch is filled up with repeats
-    if not np.isfinite(flat).all():
-        raise ModelError(f"{who} gives NaN or infinity in output {name!r}; allowed: finite values; check the model")
+def _outputs(outputs: Mapping[str, NDArray[np.generic]], who: str, n: int) -> dict[str, NDArray[np.float64]]:
+    """Return every output as (n, values); a fixed batch that was filled up with repeats is cut to its samples."""
+    flat = {k: v.reshape(len(v), -1)[:n].astype(np.float64) for k, v in outputs.items()}
+    for name, value in flat.items():
+        if not np.isfinite(value).all():
+            raise ModelError(f"{who} gives NaN or infinity in output {name!r}; allowed: finite values; check the model")
     return flat
 
 
 def _check_labels(labels: NDArray[np.int64], index: NDArray[np.int64], classes: int) -> None:
+    if classes < 2:
+        raise DataError(
+            "the model gives one value per sample, which names no class; allowed for classification: 2 values or "
+            "more; set `task: none` in the data card to compare the values themselves"
+        )
     wrong = (labels < 0) | (labels >= classes)
     if wrong.any():
         at = int(np.argmax(wrong))
@@ -106,13 +119,11 @@ def _check_labels(labels: NDArray[np.int64], index: NDArray[np.int64], classes: 
         )
 
 
-def _result(columns: _Columns, labelled: bool, output_sqnr_db: float) -> PairedResult:
+def _result(columns: _Columns, labelled: bool) -> PairedResult:
     theirs, ours = np.array(columns.baseline), np.array(columns.candidate)
-    # Equal outputs have no noise; a finite ceiling keeps the report valid JSON.
-    metrics = {
-        "agreement": float(np.mean(theirs == ours)),
-        "output_sqnr_db": min(max(output_sqnr_db, -300.0), 300.0) if not math.isnan(output_sqnr_db) else -300.0,
-    }
+    metrics = {"output_sqnr_db": _worst_sqnr_db(columns)}
+    if columns.classes > 1:
+        metrics["agreement"] = float(np.mean(theirs == ours))
     paired = None
     if labelled:
         right, was_right = ours == np.array(columns.label), theirs == np.array(columns.label)
@@ -134,6 +145,12 @@ def _result(columns: _Columns, labelled: bool, output_sqnr_db: float) -> PairedR
         candidate=tuple(columns.candidate),
     )
     return PairedResult(samples=samples, paired=paired, metrics=metrics)
+
+
+def _worst_sqnr_db(columns: _Columns) -> float:
+    """Return the SQNR of the worst output; equal outputs have no noise, so 300 dB is the ceiling of the report."""
+    totals = np.sum(np.array(columns.powers, np.float64), axis=0)
+    return min(max(min(ratio_db(float(signal), float(noise)) for signal, noise in totals), -SQNR_LIMIT), SQNR_LIMIT)
 
 
 def golden_samples(predict: Predict, fed: Tensors) -> bytes:

@@ -17,6 +17,7 @@ from qcore.errors import GateRefused
 from qcore.report import Check, EvaluationReport, GateDecision, Outcome, PairedCounts
 
 MAX_SAMPLES = 10_000_000
+ROUNDING = 1e-12  # of a share that was computed twice in float64
 
 
 class MetricLimit(Config):
@@ -44,29 +45,38 @@ class GatePolicy(Config):
     """What a release must satisfy.
 
     `confidence` is one-sided and holds for every check by itself. `top1` needs labels. `agreement` (share of samples
-    on which candidate and baseline name the same class) has no drop, only a minimum.
+    on which candidate and baseline name the same class) has no drop, only a minimum. `output_sqnr_db` is the least
+    ratio of the outputs' power to the power of their error, in dB, over all samples and in every output; it has no
+    confidence bound.
     """
 
     name: str = "default"
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     top1: MetricLimit | None = None
     agreement: MetricLimit | None = None
+    output_sqnr_db: float | None = Field(default=None, ge=-300, le=300)
     budgets: Budgets = Budgets()
 
     @model_validator(mode="after")
     def _asks_something(self) -> "GatePolicy":
-        if self.top1 is None and self.agreement is None:
-            raise ValueError("a policy limits top1 or agreement; one that asks nothing would pass everything")
+        if self.top1 is None and self.agreement is None and self.output_sqnr_db is None:
+            raise ValueError("a policy limits top1, agreement or output_sqnr_db; asking nothing would pass everything")
         if self.agreement is not None and self.agreement.max_drop is not None:
             raise ValueError("agreement has no max_drop; set min")
         return self
 
 
-def default_policy(task: str) -> GatePolicy:
-    """Return the policy used when none is given: one point at 95 % with labels, 97 % agreement without."""
-    if task == "classification":
+def default_policy(report: EvaluationReport) -> GatePolicy:
+    """Return the policy used when none is given.
+
+    With labels, one point of top-1. Without, 97 % agreement and an output error of at most a tenth of the outputs'
+    power (10 dB); where outputs name no class, a hundredth (20 dB), since nothing else speaks for the candidate.
+    """
+    if report.paired is not None:
         return GatePolicy(top1=MetricLimit(max_drop=0.01))
-    return GatePolicy(agreement=MetricLimit(min=0.97))
+    if "agreement" in report.metrics:
+        return GatePolicy(agreement=MetricLimit(min=0.97), output_sqnr_db=10)
+    return GatePolicy(output_sqnr_db=20)
 
 
 def decide(report: EvaluationReport, policy: GatePolicy) -> GateDecision:
@@ -76,7 +86,12 @@ def decide(report: EvaluationReport, policy: GatePolicy) -> GateDecision:
         GateRefused: the policy limits something that was not measured, or the report contradicts itself.
     """
     _check_consistent(report)
-    checks = [*_top1_checks(report, policy), *_agreement_checks(report, policy), *_budget_checks(report, policy)]
+    checks = [
+        *_top1_checks(report, policy),
+        *_agreement_checks(report, policy),
+        *_output_checks(report, policy),
+        *_budget_checks(report, policy),
+    ]
     outcomes = {c.outcome for c in checks}
     outcome: Outcome = "fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass"
     return GateDecision(
@@ -154,13 +169,19 @@ def _check_consistent(report: EvaluationReport) -> None:
         raise GateRefused("the report counts a sample twice; run `qcore evaluate` again")
     if any(not math.isfinite(v) for v in report.metrics.values()):
         raise GateRefused("the report holds a metric that is not finite; run `qcore evaluate` again")
-    agreement = sum(a == b for a, b in zip(s.baseline, s.candidate, strict=True)) / report.n
-    if report.metrics.get("agreement") is None or abs(report.metrics["agreement"] - agreement) > 1e-12:
-        raise GateRefused("the report's agreement does not follow from its samples; run `qcore evaluate` again")
     if (report.paired is None) != (s.label is None):
         raise GateRefused("the report has labels without paired counts; run `qcore evaluate` again")
-    if s.label is not None and report.paired is not None and report.paired != recount(report):
-        raise GateRefused("the report's paired counts do not follow from its samples; run `qcore evaluate` again")
+    derived = {"agreement": sum(a == b for a, b in zip(s.baseline, s.candidate, strict=True)) / report.n}
+    if report.paired is not None:
+        p = recount(report)
+        if report.paired != p:
+            raise GateRefused("the report's paired counts do not follow from its samples; run `qcore evaluate` again")
+        derived["top1"] = (p.both_right + p.only_candidate_right) / report.n
+        derived["baseline_top1"] = (p.both_right + p.only_baseline_right) / report.n
+        derived["top1_delta"] = (p.only_candidate_right - p.only_baseline_right) / report.n
+    for name, value in derived.items():
+        if abs(report.metrics.get(name, value) - value) > ROUNDING:
+            raise GateRefused(f"the report's {name} does not follow from its samples; run `qcore evaluate` again")
 
 
 def recount(report: EvaluationReport) -> PairedCounts:
@@ -217,8 +238,31 @@ def _top1_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
 def _agreement_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
     if policy.agreement is None or policy.agreement.min is None:
         return []
+    if "agreement" not in report.metrics:
+        raise GateRefused(
+            "the policy limits agreement but the outputs name no class (one value per sample); limit output_sqnr_db"
+        )
     agreed = round(report.metrics["agreement"] * report.n)
     return [_answer(_rate_question("agreement_min", agreed, policy.agreement.min, report, policy), report.n)]
+
+
+def _output_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
+    limit = policy.output_sqnr_db
+    if limit is None:
+        return []
+    if "output_sqnr_db" not in report.metrics:
+        raise GateRefused("the policy limits output_sqnr_db, which the report lacks; run `qcore evaluate` again")
+    observed = report.metrics["output_sqnr_db"]
+    return [
+        Check(
+            name="output_sqnr_db",
+            outcome="pass" if observed >= limit else "fail",
+            observed=observed,
+            bound=observed,
+            limit=limit,
+            reason=f"dB of the worst output over {report.n} samples",
+        )
+    ]
 
 
 def _rate_question(name: str, hits: int, limit: float, report: EvaluationReport, policy: GatePolicy) -> _Question:

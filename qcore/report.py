@@ -78,8 +78,9 @@ class Samples:
 class EvaluationReport:
     """Candidate and baseline on exactly the same samples.
 
-    `metrics` always holds `agreement` (share of samples with equal arg-max) and `output_sqnr_db`; with labels also
-    `top1` (candidate), `baseline_top1` and `top1_delta`, all as fractions of 1. `paired` is None without labels.
+    `metrics` always holds `output_sqnr_db` (of the worst output); where the first output has two values or more also
+    `agreement` (share of samples with equal arg-max); with labels also `top1` (candidate), `baseline_top1` and
+    `top1_delta`. Shares are fractions of 1. `paired` is None without labels.
     """
 
     model: MeasuredModel

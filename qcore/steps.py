@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and of how many."""
 
 CALIBRATION_BINS = 2048
-ANY_TARGET = "x86-avx2"  # pruning does not look at it
+ANY_TARGET = "x86-avx2"  # a recipe without quantize does not look at it
 EVALUATION_BATCH = 8
 MAX_GOLDEN_SAMPLES, MIN_GOLDEN_SAMPLES = 8, 2
 GOLDEN_SHARE = 10  # golden inputs take at most a tenth of the model's bytes, unless that is fewer than the minimum
@@ -212,7 +212,7 @@ def gate(*, report: Path, out: Path, key: Path, policy: Path | None = None) -> "
 
     _refuse_overwrite(out, report, key, *([policy] if policy else []))
     loaded = load_report(report)
-    chosen = load_config(policy, GatePolicy, "gate policy") if policy else default_policy(loaded.data.task)
+    chosen = load_config(policy, GatePolicy, "gate policy") if policy else default_policy(loaded)
     decision = decide(loaded, chosen)
     write_atomic(out, sign_decision(decision, load_signer(key)))
     return decision
@@ -308,7 +308,7 @@ def _compressed(
         input_size_bytes=len(raw),
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
-        target=profile.name,
+        target=profile.name if calibrated is not None else "any",
         steps=result.steps,
     )
 

@@ -56,7 +56,7 @@ def demo(
     workspace: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("qcore-demo"),
     as_json: opt.AsJson = False,
 ) -> None:
-    """Release a small digits model to a local device, then see a too coarse one stopped. Under 90 seconds."""
+    """Release a small digits model to a local device, then see a too coarse one stopped. About half a minute."""
     from qcore.demo.make_data import write_digits
 
     started = time.monotonic()
@@ -107,7 +107,7 @@ def _release(place: Workspace, inputs: _Inputs, recipe: str) -> "ReleaseRun":
         data=inputs.card,
         policy=inputs.policy,
         family=FAMILY,
-        version=f"1.0.{_published(place)}",
+        version=f"1.0.{_runs(place)}",
         repository=place.repository,
         keys=place.keys,
         recipe=recipe,
@@ -118,9 +118,9 @@ def _release(place: Workspace, inputs: _Inputs, recipe: str) -> "ReleaseRun":
         return run_release(arguments, workspace=place.runs, tracking_uri=place.tracking_uri, progress=changed)
 
 
-def _published(place: Workspace) -> int:
-    """Return how many releases of the family the repository holds, so that a repeated demo gets a new version."""
-    return len(list((place.repository / "targets" / "models" / FAMILY).glob("*.qpkg")))
+def _runs(place: Workspace) -> int:
+    """Return how many runs the workspace holds, so that every candidate of a repeated demo has its own version."""
+    return len(list(place.runs.glob("*/request.json")))
 
 
 def _installed(place: Workspace) -> "Installed":

@@ -12,7 +12,10 @@ from typer.exceptions import TyperException
 
 from qcore import __version__
 from qcore.cli import demo, model, pipeline, repo, tracking
+from qcore.cli.output import print_json
 from qcore.errors import QcoreError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="qcore",
@@ -52,46 +55,53 @@ def _root(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; every expected failure prints one line on stderr."""
+    """Run one command line and return its exit code; every expected failure is one line on stderr.
+
+    With `--json` the same line is also the one object on stdout: `{"error": ...}`.
+    """
+    code, problem = _run(arguments)
+    if problem:
+        line = " ".join(problem.split())
+        print(f"error: {line}", file=sys.stderr)
+        if "--json" in arguments:
+            print_json({"error": line})
+    return code
+
+
+def _run(arguments: Sequence[str]) -> tuple[int, str]:
+    """Return the exit code, and what went wrong in words."""
     command = typer.main.get_command(app)
     try:
         result = command.main(args=list(arguments), prog_name="qcore", standalone_mode=False)
     except TyperException as e:
         return _usage(e)
     except QcoreError as e:
-        return _complain(str(e), 1)
+        return 1, str(e)
     except typer.Exit as e:
-        return int(e.exit_code)
+        result = e.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        return _complain("interrupted; nothing half-written is left; run the same command again", 130)
+        result = INTERRUPTED
     except BrokenPipeError:
-        return 0  # the reader of the output left; that is its right
+        return 0, ""  # the reader of the output left; that is its right
     except OSError as e:
         where = f" {e.filename}" if e.filename else ""
-        return _complain(f"{e.strerror or e}{where}; check the path, its permissions and the free space", 1)
-    return result if isinstance(result, int) else 0
+        return 1, f"{e.strerror or e}{where}; check the path, its permissions and the free space"
+    if result == INTERRUPTED:
+        return INTERRUPTED, "interrupted; nothing half-written is left; run the same command again"
+    return (result, "") if isinstance(result, int) else (0, "")
 
 
-def _usage(error: TyperException) -> int:
-    """Print a usage problem as one line and return 2; no arguments at all is a request for help."""
+def _usage(error: TyperException) -> tuple[int, str]:
+    """Return 2 and a usage problem in words; no arguments at all is a request for help."""
     if type(error).__name__ == "NoArgsIsHelpError":
         print(str(error))
-        return 2
+        return 2, ""
     context = getattr(error, "ctx", None)
     verb = context.command_path if context is not None else "qcore"
     message = getattr(error, "format_message", error.__str__)()
-    return _complain(f"{message.rstrip('.')}; see `{verb} --help`", int(getattr(error, "exit_code", 2)))
-
-
-def _complain(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return code
+    return int(getattr(error, "exit_code", 2)), f"{message.rstrip('.')}; see `{verb} --help`"
 
 
 def main() -> None:
     """Run the command line of this process and exit."""
     sys.exit(run(sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    main()

@@ -151,7 +151,9 @@ def publish(
 
 def print_report(report: EvaluationReport) -> None:
     """Print float against candidate."""
-    rows = [("agreement", "", percent(report.metrics["agreement"]))]
+    rows = [("output SQNR", "", f"{report.metrics['output_sqnr_db']:.1f} dB")]
+    if "agreement" in report.metrics:
+        rows.insert(0, ("agreement", "", percent(report.metrics["agreement"])))
     if report.paired is not None:
         rows.insert(0, ("top-1", percent(report.metrics["baseline_top1"]), percent(report.metrics["top1"])))
     ours, theirs = report.model, report.baseline

@@ -84,7 +84,7 @@ def _plain() -> Report:
 
     def report(what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if what not in last or now - last[what] >= PLAIN_EVERY_S:
+        if what not in last or done == total or now - last[what] >= PLAIN_EVERY_S:
             last[what] = now
             print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
 

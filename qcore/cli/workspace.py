@@ -3,12 +3,17 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from qcore.device.config import DeviceConfig
-from qcore.device.updater import Installed, install
 from qcore.files import write_atomic
+
+if TYPE_CHECKING:
+    from qcore.device.updater import Installed
+
+
+TIMESTAMP = "metadata/timestamp.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,15 +45,19 @@ class Workspace:
 
 def prepare(folder: Path, channel: str) -> Workspace:
     """Return the workspace in `folder` with keys and repository, which are made if there are none."""
-    from qcore.release.keys import create_keys
+    from qcore.release.keys import create_keys, load_keys
     from qcore.release.repository import init_repository
     from qcore.release.store import DirectoryStore
 
     workspace = Workspace(folder=folder)
-    if not workspace.keys.exists():
-        typer.echo(f"making development keys and an empty repository in {folder}", err=True)
-        ring = create_keys(workspace.keys, [channel])
-        init_repository(DirectoryStore(folder=workspace.repository), ring, [channel], now=datetime.now(UTC))
+    store = DirectoryStore(folder=workspace.repository)
+    if not any(workspace.keys.glob("*.pem")):
+        typer.echo(f"making development keys in {workspace.keys}", err=True)
+        create_keys(workspace.keys, [channel])
+    if store.get(TIMESTAMP) is None:  # also after an interrupted first run: the keys are there, the repository is not
+        typer.echo(f"making an empty repository in {workspace.repository}", err=True)
+        ring = load_keys(workspace.keys)
+        init_repository(store, ring, list(ring.channels), now=datetime.now(UTC))
     return workspace
 
 
@@ -63,11 +72,14 @@ def refresh(workspace: Workspace) -> None:
 
 def install_on_device(
     device: Path, *, repository: Path, root: Path, family: str, channel: str, hardware: str
-) -> Installed:
+) -> "Installed":
     """Return what the local device in the folder `device` runs after its updater did its work.
 
     The device is configured by `device/device.toml`, written once, and trusts its own copy of the root metadata.
     """
+    from qcore.device.config import DeviceConfig
+    from qcore.device.updater import install
+
     pinned = device / "root.json"
     if not pinned.exists():
         write_atomic(pinned, root.read_bytes())

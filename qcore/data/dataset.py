@@ -57,6 +57,11 @@ def open_dataset(path: Path, split: str) -> Dataset:
         ConfigError: the card is wrong.
     """
     card, folder = load_card(path)
+    if card.inputs and (card.preprocess or card.layout or card.model_layout):
+        raise DataError(
+            f"data card {card.name} has `inputs` together with preprocess or layout; arrays of several inputs go to "
+            "the model as they are stored; store them prepared"
+        )
     if split not in card.splits:
         raise DataError(f"data card {card.name} has no split {split!r}; allowed: {', '.join(card.splits)}")
     source = _source(card, folder, card.splits[split])
@@ -87,6 +92,11 @@ def open_dataset(path: Path, split: str) -> Dataset:
         labels=labels,
         sha256=sha256_json({"content": content, "prepared": prepared, "split": split}),
     )
+
+
+def shared_samples(a: Dataset, b: Dataset) -> int:
+    """Return how many samples are in both splits; splits of different files share none."""
+    return len(set(a.indices) & set(b.indices)) if a.source.resolve() == b.source.resolve() else 0
 
 
 def batches(data: Dataset, size: int) -> Iterator[Batch]:

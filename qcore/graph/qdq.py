@@ -15,7 +15,8 @@ from qcore.numerics.affine import QParams
 def insert_activation_qdq(graph: ir.Graph, value: ir.Value, q: QParams) -> ir.Value:
     """Put `Q -> DQ` behind `value` and let all its readers read the result, which is returned.
 
-    If `value` is a graph output, the result takes over its name, and `value` is renamed `<name>_float`.
+    If `value` is a graph output, the result takes over its name, and `value` is renamed `<name>_float`; a graph input
+    that is also an output stays both.
 
     Args:
         graph: the graph that owns `value`; edited.
@@ -28,7 +29,7 @@ def insert_activation_qdq(graph: ir.Graph, value: ir.Value, q: QParams) -> ir.Va
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{name}_dequantize")
     result = dequantize.outputs[0]
     result.type, result.shape = value.type, value.shape
-    was_output = value.is_graph_output()
+    was_output = value.is_graph_output() and not value.is_graph_input()
     for node, index in list(value.uses()):
         if node is not quantize:
             node.replace_input_with(index, result)

@@ -30,7 +30,7 @@ from qcore.target import TargetProfile
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 ABSORBED = ("Relu", "Clip")
-LAYOUT = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")
+FLOAT_TAIL = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Softmax", "LogSoftmax")
 _INT32 = np.iinfo(np.int32)
 _DEAD_CHANNEL_LEVELS = 1 << 20  # how finely the bias of a channel without weights is kept
 
@@ -100,7 +100,9 @@ def _check_quantizable(model: ir.Model, step: QuantizeStep) -> None:
     names = {node_name(n) for n in model.graph}
     for name in step.exclude:
         if name not in names:
-            raise CalibrationError(f"exclude names node {name!r}, which does not exist; see `qcore inspect`")
+            raise CalibrationError(
+                f"exclude names node {name!r}, which does not exist; names are those of the model file"
+            )
     for node in model.graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             raise ModelError(f"the model is already quantized (node {node_name(node)}); pass the float model")
@@ -225,7 +227,7 @@ def _keeps_float_output(node: ir.Node, target: TargetProfile) -> bool:
     value = node.outputs[0]
     while not value.is_graph_output():
         reader = only_consumer(value)
-        if reader is None or reader.op_type not in LAYOUT:
+        if reader is None or reader.op_type not in FLOAT_TAIL:
             return False
         value = reader.outputs[0]
     return not value.uses()

@@ -7,6 +7,8 @@ own time and step. Two modes: *adopted* (Kubeflow Pipelines made the run: its st
 
 import logging
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +159,9 @@ def run_url(uri: str, target: Target) -> str:
     """Return where a person finds the parent run: an address for a server, the command line for a database."""
     if is_http(uri):
         return f"{uri.rstrip('/')}/#/experiments/{target.experiment_id or 0}/runs/{target.parent}"
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    beside = Path(sys.executable).with_name("mlflow")
+    program = "mlflow" if shutil.which("mlflow") or not beside.exists() else str(beside)
+    return f"{shlex.quote(program)} ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def _collect(line: Params | Metrics | Tags, target: Target, batch: Batch) -> None:

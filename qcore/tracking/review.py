@@ -5,6 +5,7 @@ external request), and the numbers that a list of runs is compared by. Nothing i
 """
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,8 +90,8 @@ STYLE = (
     "h1{font-size:1.4rem;border-left:.4rem solid;padding-left:.8rem}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}"
     ".pass{color:#14692f}.fail{color:#a11212}.inconclusive{color:#8a5a00}"
     ".t{overflow-x:auto}table{border-collapse:collapse;width:100%}"
-    "th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #d8dee4;overflow-wrap:anywhere}"
-    "td{font-variant-numeric:tabular-nums}"
+    "th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #d8dee4}"
+    "td{font-variant-numeric:tabular-nums}.digest{overflow-wrap:anywhere;font:.85em ui-monospace,monospace}"
 )
 
 
@@ -113,11 +114,13 @@ def _checks(checks: Sequence[Check]) -> Table:
 def _models(report: EvaluationReport) -> Table:
     m, base, cand = report.metrics, report.baseline, report.model
     rows = [
-        ("agreement with the baseline", "", _percent(m.get("agreement"))),
+        ("output error (SQNR of the worst output)", "", f"{m['output_sqnr_db']:.1f} dB"),
         ("latency p50, 1 thread", f"{base.latency_ms.p50:.3f} ms", f"{cand.latency_ms.p50:.3f} ms"),
         ("latency p95, 1 thread", f"{base.latency_ms.p95:.3f} ms", f"{cand.latency_ms.p95:.3f} ms"),
         ("file size", f"{base.size_bytes:,} bytes", f"{cand.size_bytes:,} bytes"),
     ]
+    if "agreement" in m:
+        rows.insert(0, ("agreement with the baseline", "", _percent(m["agreement"])))
     if "top1" in m:
         rows.insert(0, ("top-1 accuracy", _percent(m.get("baseline_top1")), _percent(m["top1"])))
     title = f"Models on {report.data.name} / {report.data.split} (n = {report.n})"
@@ -138,7 +141,7 @@ def _digests(report: EvaluationReport, decision: GateDecision) -> Table:
 
 
 def _number(value: float | None) -> str:
-    return "missing" if value is None else f"{value:.6g}"
+    return "missing" if value is None else f"{value:.4g}"
 
 
 def _percent(value: float | None) -> str:
@@ -149,7 +152,12 @@ def _md_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
 
 
+def _html_cell(text: str) -> str:
+    kind = ' class="digest"' if re.fullmatch("[0-9a-f]{64}", text) else ""
+    return f"<td{kind}>{html.escape(text)}</td>"
+
+
 def _html_table(table: Table) -> str:
     head = "".join(f"<th>{html.escape(c)}</th>" for c in table.header)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>\n" for row in table.rows)
+    rows = "".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>\n" for row in table.rows)
     return f'<h2>{html.escape(table.title)}</h2><div class="t"><table><tr>{head}</tr>\n{rows}</table></div>\n'

@@ -27,13 +27,13 @@ from qcore.report import report_from_json
 from qcore.tracking.journal import End, Line, Metrics, Params, Start, Tags, journals, read_journal
 
 COMPONENTS = (
-    prune.prune,
-    calibrate.calibrate,
-    quantize.quantize,
-    evaluate.evaluate,
-    gate.gate,
-    package.package,
-    publish.publish,
+    prune,
+    calibrate,
+    quantize,
+    evaluate,
+    gate,
+    package,
+    publish,
 )
 POLICY = "name: test\ntop1: {max_drop: 0.05}\n"
 MODEL = Path(demo.__file__).parent / "digits_cnn.onnx"
@@ -71,28 +71,28 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             patch.delenv(name, raising=False)
         patch.setenv("QCORE_JOURNAL_DIR", str(folder / "journal"))
         model, data = made["model"], made["data"]
-        prune.prune.python_func(
+        prune.python_func(
             model=model,
             pruned=out("pruned", dsl.Model),
             summary=out("pruning"),
             sparsity=0.0,
             model_sha256=sha256_file(MODEL),
         )
-        calibrate.calibrate.python_func(model=made["pruned"], data=data, table=out("table"))
-        quantize.quantize.python_func(
+        calibrate.python_func(model=made["pruned"], data=data, table=out("table"))
+        quantize.python_func(
             model=made["pruned"],
             table=made["table"],
             quantized=out("quantized", dsl.Model),
             summary=out("quantization"),
         )
-        evaluate.evaluate.python_func(
+        evaluate.python_func(
             candidate=made["quantized"],
             baseline=model,
             data=data,
             report=out("report"),
             metrics=out("metrics", dsl.Metrics),
         )
-        outcome = gate.gate.python_func(
+        outcome = gate.python_func(
             report=made["report"],
             evidence=out("evidence"),
             decision_markdown=out("markdown", dsl.Markdown),
@@ -100,7 +100,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             key=str(folder / "keys" / "gate.pem"),
             policy=POLICY,
         )
-        package.package.python_func(
+        package.python_func(
             model=made["quantized"],
             data=data,
             evidence=made["evidence"],
@@ -108,7 +108,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             family="digits",
             version="1.0.0",
         )
-        publish.publish.python_func(
+        publish.python_func(
             package=made["package"],
             evidence=made["evidence"],
             release=out("release"),
@@ -196,13 +196,13 @@ def test_another_model_than_the_one_named_is_refused(world: World, tmp_path: Pat
     pruned = dsl.Model(name="pruned", uri=str(tmp_path / "pruned"))
     summary = dsl.Artifact(name="summary", uri=str(tmp_path / "summary"))
     with pytest.raises(ModelError, match="expected"):
-        prune.prune.python_func(model=world.artifacts["model"], pruned=pruned, summary=summary, model_sha256="0" * 64)
+        prune.python_func(model=world.artifacts["model"], pruned=pruned, summary=summary, model_sha256="0" * 64)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_gate_cannot_be_packaged(world: World, tmp_path: Path) -> None:
     evidence = dsl.Artifact(name="evidence", uri=str(tmp_path / "evidence"))
-    outcome = gate.gate.python_func(
+    outcome = gate.python_func(
         report=world.artifacts["report"],
         evidence=evidence,
         decision_markdown=dsl.Markdown(name="m", uri=str(tmp_path / "m")),
@@ -212,7 +212,7 @@ def test_a_failed_gate_cannot_be_packaged(world: World, tmp_path: Path) -> None:
     )
     assert outcome == "fail"
     with pytest.raises(GateRefused, match="fail"):
-        package.package.python_func(
+        package.python_func(
             model=world.artifacts["quantized"],
             data=world.artifacts["data"],
             evidence=evidence,
@@ -248,5 +248,5 @@ def test_the_rules_of_a_component(component: Any) -> None:
 
 
 def test_the_gate_has_one_string_output() -> None:
-    outputs = gate.gate.component_spec.outputs
+    outputs = gate.component_spec.outputs
     assert {name: o.type for name, o in outputs.items() if "@" not in o.type} == {"Output": "String"}

@@ -53,10 +53,25 @@ def test_padding_of_a_fixed_batch_is_not_counted():
 
 
 def test_outputs_that_cannot_be_compared_are_refused():
-    with pytest.raises(ModelError, match="allowed: equal shapes"):
+    with pytest.raises(ModelError, match="allowed: equal names and shapes"):
         evaluate(fixed([[1, 0, 0]] * 5), fixed(BASE), feed(5))
     with pytest.raises(ModelError, match="candidate gives NaN"):
         evaluate(fixed([[np.nan, 0]] * 5), fixed(BASE), feed(5))
+
+
+def test_one_value_per_sample_names_no_class():
+    ones = [[0.1], [0.9], [0.5], [0.2], [0.7]]
+    result = evaluate(fixed(ones), fixed(ones), feed(5))
+    assert set(result.metrics) == {"output_sqnr_db"}
+    with pytest.raises(DataError, match="one value per sample, which names no class"):
+        evaluate(fixed(ones), fixed(ones), feed(5, [0] * 5))
+
+
+def test_the_worst_output_counts():
+    good, bad = np.array([[1.0, 0.0]] * 4, np.float32), np.array([[3.0]] * 4, np.float32)
+    baseline = lambda fed: {"a": good[fed["i"]], "b": bad[fed["i"]]}  # noqa: E731
+    candidate = lambda fed: {"a": good[fed["i"]], "b": 1.1 * bad[fed["i"]]}  # noqa: E731
+    assert evaluate(candidate, baseline, feed(4)).metrics["output_sqnr_db"] == pytest.approx(20.0, abs=0.01)
 
 
 def test_labels_outside_the_classes_are_refused():

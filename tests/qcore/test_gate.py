@@ -148,9 +148,23 @@ def test_floors_and_budgets_are_checks_of_their_own():
 
 def test_without_labels_agreement_decides():
     unlabelled = report(1, 1, 1000, labelled=False)
-    assert decide(unlabelled, default_policy("none")).outcome == "pass"
+    assert [c.name for c in decide(unlabelled, default_policy(unlabelled)).checks] == [
+        "agreement_min",
+        "output_sqnr_db",
+    ]
+    assert decide(unlabelled, default_policy(unlabelled)).outcome == "pass"
     with pytest.raises(GateRefused, match="data has no labels"):
         decide(unlabelled, ONE_POINT)
+
+
+@pytest.mark.parametrize(("sqnr", "outcome"), [(25.0, "pass"), (15.0, "fail")])
+def test_where_outputs_name_no_class_their_error_decides(sqnr, outcome):
+    values = replace(report(0, 0, 1000, labelled=False), metrics={"output_sqnr_db": sqnr})
+    decision = decide(values, default_policy(values))
+    assert [c.name for c in decision.checks] == ["output_sqnr_db"]
+    assert decision.outcome == outcome
+    with pytest.raises(GateRefused, match="outputs name no class"):
+        decide(values, GatePolicy(agreement=MetricLimit(min=0.5)))
 
 
 GOOD = report(1, 1, 500)
