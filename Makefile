@@ -23,7 +23,7 @@ test: lint type contracts unit
 define install
 	@echo "[venv] installing kfp-qcore[$(1)] as pinned in constraints.txt (kfp, mlflow, onnxruntime, ...)"
 	@PYTHONUNBUFFERED=1 $(PY) -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[$(1)]' \
-	  2> >(grep -v 'WARNING: Location' >&2) | while read -r line; do case "$$line" in Collecting*) printf .;; "Installing collected"*) printf ' unpacking\n';; esac; done
+	  2> >(grep -v 'WARNING: Location' >&2) | while read -r line; do case "$$line" in Collecting*) printf .;; "Installing collected"*) printf ' unpacking, about a minute\n';; esac; done
 	@touch .venv/.installed-$(1)
 endef
 .venv/.created:

@@ -1,6 +1,7 @@
 """The command line as a person or a script meets it: in a process of its own."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -89,6 +90,59 @@ def complaint(done, code):
     assert len(lines) == 1
     assert done.stderr.splitlines()[-1] == lines[0]
     return lines[0]
+
+
+def test_with_json_an_error_is_an_object_too(tmp_path):
+    done = qcore("calibrate", "--model", "no.onnx", "--data", "d.yaml", "--out", tmp_path / "t", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout) == {"error": done.stderr.strip().removeprefix("error: ")}
+
+
+BLOCKED = """
+import sys
+for name in sys.argv.pop(1).split(","):
+    sys.modules[name] = None  # as if it were not installed
+from qcore.__main__ import main
+main()
+"""
+
+
+def without(packages, *arguments):
+    command = [sys.executable, "-P", "-c", BLOCKED, ",".join(packages), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_compression_needs_neither_release_nor_pipeline_packages(files, tmp_path):
+    absent = ("tuf", "securesystemslib", "zstandard", "kfp", "mlflow", "sklearn")
+    assert without(absent, "--help").returncode == 0
+    done = without(absent, "compress", "--model", files[0], "--data", files[1], "--out", tmp_path / "q.onnx")
+    assert done.returncode == 0, done.stderr
+    done = without(absent, "repo", "init", "--repository", tmp_path / "r", "--keys", tmp_path / "k")
+    assert "error: package securesystemslib is not installed" in complaint(done, 1)
+    assert "pip install 'kfp-qcore[release]'" in done.stderr
+
+
+def test_a_missing_command_line_package_is_one_line():
+    assert "'kfp-qcore[cli]'" in complaint(without(("typer",), "--help"), 1)
+
+
+def test_an_interrupt_is_one_line(files, tmp_path):
+    np.savez(tmp_path / "big.npz", x=np.zeros((60_000, 3, 8, 8), np.float32), y=np.zeros(60_000, int))
+    (tmp_path / "big.yaml").write_text("name: big\npath: big.npz\nsplits: {calibration: {}}\n")
+    command = ["calibrate", "--model", files[0], "--data", tmp_path / "big.yaml", "--out", tmp_path / "t.json"]
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "qcore", *map(str, command)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("calibrating")
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert rest.splitlines()[-1].startswith("error: interrupted; nothing half-written is left")
+    assert not (tmp_path / "t.json").exists()
 
 
 def test_a_missing_file(tmp_path):

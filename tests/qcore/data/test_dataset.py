@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qcore.data.dataset import batches, open_dataset
+from qcore.data.dataset import batches, open_dataset, shared_samples
 from qcore.errors import ConfigError, DataError
 
 CARD = """\
@@ -195,6 +195,19 @@ def test_a_broken_image_is_named(tmp_path):
     (tmp_path / "pics" / "cat" / "0.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"0\.png cannot be read"):
         list(batches(open_dataset(card, "all"), 4))
+
+
+def test_samples_in_two_splits_are_counted(tmp_path):
+    card = write(tmp_path)
+    part, some, everything_ = (open_dataset(card, name) for name in ("part", "some", "all"))
+    assert shared_samples(part, some) == 0
+    assert shared_samples(part, everything_) == 3
+
+
+def test_inputs_are_not_prepared_so_a_card_that_asks_for_it_is_refused(tmp_path):
+    card = write(tmp_path, CARD + "inputs: {a: x}\n")
+    with pytest.raises(DataError, match="`inputs` together with preprocess or layout"):
+        open_dataset(card, "part")
 
 
 def test_nothing_is_written_beside_the_data(tmp_path):
