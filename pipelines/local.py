@@ -141,6 +141,7 @@ def _request(arguments: ReleaseArguments) -> dict[str, Json]:
     from qcore.compression import load_recipe
     from qcore.config import load_config
     from qcore.gate import GatePolicy
+    from qcore.release.manifest import check_name
     from qcore.target import load_target
 
     a = arguments
@@ -156,6 +157,8 @@ def _request(arguments: ReleaseArguments) -> dict[str, Json]:
             raise kind(f"{what} {path}: no such file or folder; pass one that exists (`qcore repo init` makes keys)")
     load_recipe(a.recipe)
     load_target(a.target)
+    for what, name in (("family", a.family), ("version", a.version), ("channel", a.channel)):
+        check_name(what, name, ConfigError)
     _check_splits(a)
     _check_channel(a)
     if a.policy:

@@ -144,10 +144,18 @@ def load_table(path: Path) -> CalibrationTable:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as e:
         raise CalibrationError(f"calibration table {path} does not exist; run `qcore calibrate`") from e
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CalibrationError(f"{path} is not a calibration table ({e}); run `qcore calibrate`") from e
     if not isinstance(value, dict) or value.get("schema") != TABLE_SCHEMA:
         raise CalibrationError(f"{path} is not a calibration table of schema {TABLE_SCHEMA}; run `qcore calibrate`")
+    try:
+        return _table_from_json(value)
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as e:
+        raise CalibrationError(f"{path} is a damaged calibration table ({e}); run `qcore calibrate` again") from e
+
+
+def _table_from_json(value: Json) -> CalibrationTable:
+    """Return the table; each tensor's statistics must follow from one another (`TensorStats`)."""
     bins = value["bins"]
     return CalibrationTable(
         model_sha256=value["model_sha256"],

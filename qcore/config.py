@@ -19,12 +19,29 @@ from qcore.errors import ConfigError
 class Config(BaseModel):
     """Base of what users write: frozen, and an unknown field is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @property
     def sha256(self) -> Digest:
         """The digest of the canonical JSON with all defaults written out."""
         return sha256_json(self.model_dump(mode="json", by_alias=True))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without what makes a file mean something else than it shows: repeated keys and aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        keys = [k.value for k, _ in node.value]
+        for key_node, _ in node.value:
+            if keys.count(key_node.value) > 1:
+                mark = key_node.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"field {key_node.value!r} is there twice", mark)
+        return super().construct_mapping(node, deep)
 
 
 C = TypeVar("C", bound=BaseModel)
@@ -48,7 +65,9 @@ def load_config(path: Path, kind: type[C], what: str) -> C:
 def parse_config(text: str, kind: type[C], name: str) -> C:
     """Return the YAML `text` as a `kind`; `name` is what messages call it. Raises as `load_config`."""
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader that refuses more
+    except RecursionError as e:
+        raise ConfigError(f"{name} is nested too deeply; correct the file") from e
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""

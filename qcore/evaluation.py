@@ -97,6 +97,12 @@ def evaluate(
 
 def _outputs(outputs: Mapping[str, NDArray[np.generic]], who: str, n: int) -> dict[str, NDArray[np.float64]]:
     """Return every output as (n, values); a fixed batch that was filled up with repeats is cut to its samples."""
+    for name, value in outputs.items():
+        if not isinstance(value, np.ndarray) or value.ndim == 0 or value.dtype.kind not in "fiub" or len(value) < n:
+            raise ModelError(
+                f"output {name!r} of the {who} is not one row of numbers per sample; allowed: tensors whose first "
+                "dimension is the batch; remove the output from the model"
+            )
     flat = {k: v.reshape(len(v), -1)[:n].astype(np.float64) for k, v in outputs.items()}
     for name, value in flat.items():
         if not np.isfinite(value).all():

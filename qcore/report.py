@@ -16,6 +16,8 @@ Outcome = Literal["pass", "fail", "inconclusive"]
 
 REPORT_SCHEMA = "qcore.evaluation/1"
 DECISION_SCHEMA = "qcore.decision/1"
+BUDGETS = ("size_bytes", "size_ratio", "latency_ratio")
+"""Checks whose limit is an upper one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +28,11 @@ class Latency:
     p95: float
     runs: int
 
+    def __post_init__(self) -> None:
+        """Refuse what no measurement gives."""
+        if not all(isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in (self.p50, self.p95, self.runs)):
+            raise GateRefused(f"latency {self.p50}, {self.p95} over {self.runs} runs; allowed: finite and above 0")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredModel:
@@ -34,6 +41,12 @@ class MeasuredModel:
     sha256: Digest
     size_bytes: int
     latency_ms: Latency
+
+    def __post_init__(self) -> None:
+        """Refuse what is no file."""
+        if type(self.size_bytes) is not int or self.size_bytes <= 0:
+            raise GateRefused(f"size_bytes is {self.size_bytes!r}; allowed: a whole number above 0")
+        _check_digest(self.sha256)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +57,12 @@ class MeasuredData:
     split: str
     task: Literal["classification", "none"]
     sha256: Digest
+
+    def __post_init__(self) -> None:
+        """Refuse what no card gives."""
+        if self.task not in ("classification", "none"):
+            raise GateRefused(f"task is {self.task!r}; allowed: classification, none")
+        _check_digest(self.sha256)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,9 +127,9 @@ class EvaluationReport:
 class Check:
     """One question of the policy and its answer.
 
-    `observed` is the point value, `bound` the one-sided confidence bound that is held against `limit` in the sense
-    of `wanted` (equal to `observed` where the value has no sampling error), `needs_samples` the further samples that
-    would decide an inconclusive check at the observed rates.
+    `observed` is the point value, `bound` the one-sided confidence bound that is held against `limit` (equal to
+    `observed` where the value has no sampling error), `needs_samples` the further samples that would decide an
+    inconclusive check at the observed rates. Budgets (`BUDGETS`) are upper limits, all others lower ones.
 
     Invariant: all numbers are finite, and the outcome is `pass` exactly if the bound satisfies the limit.
     """
@@ -121,7 +140,6 @@ class Check:
     bound: float
     limit: float
     reason: str
-    wanted: Literal["at least", "at most"] = "at least"
     needs_samples: int | None = None
 
     def __post_init__(self) -> None:
@@ -131,10 +149,12 @@ class Check:
             raise GateRefused(f"check {self.name}: {numbers} are not finite numbers; run `qcore gate` again")
         if self.outcome not in get_args(Outcome):
             raise GateRefused(f"check {self.name}: outcome {self.outcome!r}; allowed: {', '.join(get_args(Outcome))}")
-        holds = self.bound >= self.limit if self.wanted == "at least" else self.bound <= self.limit
+        at_most = self.name in BUDGETS
+        holds = self.bound <= self.limit if at_most else self.bound >= self.limit
         if holds != (self.outcome == "pass"):
+            wanted = "at most" if at_most else "at least"
             raise GateRefused(
-                f"check {self.name}: bound {self.bound}, wanted {self.wanted} {self.limit}, is called {self.outcome}; "
+                f"check {self.name}: bound {self.bound}, wanted {wanted} {self.limit}, is called {self.outcome}; "
                 "run `qcore gate` again"
             )
 
@@ -178,6 +198,8 @@ def report_from_json(value: Json) -> EvaluationReport:
     """
     v = _fields(value, REPORT_SCHEMA)
     v.pop("latency_ms", None)
+    if type(v.get("n")) is not int or not _are_numbers(v.get("metrics")):
+        raise GateRefused("evaluation report: n or metrics are not numbers; run `qcore evaluate` again")
     try:
         labels = v["samples"]["label"]
         return EvaluationReport(
@@ -217,11 +239,20 @@ def decision_from_json(value: Json) -> GateDecision:
     return decision
 
 
+def _check_digest(value: object) -> None:
+    if not (isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")):
+        raise GateRefused(f"digest {str(value)[:70]!r} is not a SHA-256 of 64 lower-case hex digits")
+
+
 def _fields(value: Json, schema: str) -> dict[str, Any]:
     found = value.get("schema") if isinstance(value, dict) else type(value).__name__
     if found != schema:
         raise GateRefused(f"expected a JSON object of schema {schema}, found {found}; pass the file that qcore wrote")
     return {k: v for k, v in value.items() if k != "schema"}
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(type(v) in (int, float) for v in value.values())
 
 
 def _measured(value: Mapping[str, Any]) -> MeasuredModel:

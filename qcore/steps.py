@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcore import __version__
 from qcore.canonical import Digest, Json
-from qcore.errors import ConfigError, GateRefused
+from qcore.errors import ConfigError, GateRefused, ModelError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,10 +30,6 @@ Progress = Callable[[str, int, int], None]
 CALIBRATION_BINS = 2048
 ANY_TARGET = "x86-avx2"  # a recipe without quantize does not look at it
 EVALUATION_BATCH = 8
-MAX_GOLDEN_SAMPLES, MIN_GOLDEN_SAMPLES = 8, 2
-GOLDEN_SHARE = 10  # golden inputs take at most a tenth of the model's bytes, unless that is fewer than the minimum
-GOLDEN_ERROR = 0.05  # of the output's range: other CPUs round some integers differently
-GOLDEN_AGREEMENT = 0.875
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -82,6 +78,7 @@ def prune(*, model: Path, out: Path, sparsity: float = 0.5) -> CompressionSummar
     recipe = check_config(
         {"name": "prune", "steps": [{"method": "prune", "sparsity": sparsity}]}, Recipe, "prune options"
     )
+    _refuse_overwrite(out, model)
     if sparsity == 0:
         return _unchanged(model, out, recipe)
     return _compressed(model, out, recipe, ANY_TARGET, None)
@@ -101,8 +98,8 @@ def calibrate(
     from qcore.data.dataset import open_dataset
     from qcore.graph.io import parse_model, read_model_bytes
 
-    _refuse_overwrite(out, model, data)
     raw = read_model_bytes(model)
+    _refuse_overwrite(out, model, data=data)
     table = _table(raw, parse_model(raw, str(model)), open_dataset(data, split), bins, progress)
     save_table(table, out)
     return table
@@ -121,6 +118,7 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
     from qcore.graph.io import read_model_bytes
     from qcore.methods.prune import PruneStep
 
+    _refuse_overwrite(out, model, table, recipe, target)
     loaded = load_recipe(recipe)
     if any(isinstance(s, PruneStep) for s in loaded.steps):
         raise ConfigError(
@@ -148,6 +146,7 @@ def compress(
     from qcore.graph.io import serialize_model
 
     loaded = load_recipe(recipe)
+    _refuse_overwrite(out, model, recipe, target, data=data)
     if not loaded.needs_calibration:
         return _compressed(model, out, loaded, target, None)
     dataset = open_dataset(data, split)
@@ -175,9 +174,14 @@ def evaluate(
     from qcore.report import EvaluationReport, MeasuredData
     from qcore.runtime import ort
 
-    _refuse_overwrite(out, candidate, baseline, data)
+    _refuse_overwrite(out, candidate, baseline, data=data)
     files = [read_model_bytes(p) for p in (candidate, baseline)]
     models = [ort.load(raw, name=str(p)) for raw, p in zip(files, (candidate, baseline), strict=True)]
+    if {p.name for p in models[0].inputs} != {p.name for p in models[1].inputs}:
+        raise ModelError(
+            f"{candidate} has inputs {sorted(p.name for p in models[0].inputs)}, the baseline "
+            f"{sorted(p.name for p in models[1].inputs)}; allowed: equal names; pass the model that it was made from"
+        )
     dataset = open_dataset(data, split)
     result = evaluate_pair(models[0].predict, models[1].predict, _fed(dataset, models[1], progress))
     latencies = _latencies(files, dataset, progress)
@@ -232,7 +236,7 @@ def load_report(path: Path) -> "EvaluationReport":
         return report_from_json(json.loads(path.read_bytes()))
     except FileNotFoundError as e:
         raise GateRefused(f"evaluation report {path} does not exist; run `qcore evaluate`") from e
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise GateRefused(f"{path} is not an evaluation report ({e}); run `qcore evaluate`") from e
 
 
@@ -254,16 +258,35 @@ def package(
     """
     import tempfile
 
+    from qcore.data.dataset import open_dataset
     from qcore.graph.io import read_model_bytes
-    from qcore.release.package import build_package
+    from qcore.release.golden import compatibility, write_golden
+    from qcore.release.manifest import Provenance
+    from qcore.release.package import PackageSource, build_package
+    from qcore.target import load_target
 
-    _refuse_overwrite(out, model, data, evidence)
+    _refuse_overwrite(out, model, evidence, target, data=data)
     raw = read_model_bytes(model)
     decision = _claimed_pass(evidence, raw)
     with tempfile.TemporaryDirectory() as folder:
-        golden = Path(folder) / "golden.npz"
-        source = _package_source(raw, model, data, split, golden, decision)
-        return build_package(source(family=family, version=version, target=target), out)
+        golden = write_golden(raw, open_dataset(data, split), Path(folder) / "golden.npz")
+        source = PackageSource(
+            family=family,
+            version=version,
+            model=model,
+            golden=golden.path,
+            compat=compatibility(raw, load_target(target).name),
+            inputs=golden.inputs,
+            outputs=golden.outputs,
+            golden_limits=golden.limits,
+            provenance=Provenance(
+                baseline_sha256=decision.baseline_sha256,
+                data_sha256=decision.data_sha256,
+                policy_sha256=decision.policy_sha256,
+                qcore_version=__version__,
+            ),
+        )
+        return build_package(source, out)
 
 
 def publish(*, package: Path, evidence: Path, repository: Path, keys: Path, channel: str = "stable") -> "Release":
@@ -293,13 +316,13 @@ def _compressed(
 ) -> CompressionSummary:
     """Apply `recipe` to files; `calibrated` gives the table of the model that is about to be quantized."""
     from qcore.compression import compress as apply_recipe
-    from qcore.graph.io import parse_model, read_model_bytes, save_model
+    from qcore.graph.io import parse_model, read_model_bytes, save_model, serialize_model
     from qcore.target import load_target
 
-    _refuse_overwrite(out, model)
     raw = read_model_bytes(model)
     profile = load_target(target)
     result = apply_recipe(parse_model(raw, str(model)), recipe, profile, calibrated)
+    _refuse_unusable(serialize_model(result.model), f"the result of recipe {recipe.name} for {profile.name}")
     digest = save_model(result.model, out)
     return CompressionSummary(
         output=out,
@@ -313,13 +336,21 @@ def _compressed(
     )
 
 
+def _refuse_unusable(raw: bytes, name: str) -> None:
+    """Refuse bytes that the checker or the runtime would refuse: nothing is written rather than a wrong file."""
+    from qcore.graph.io import parse_model
+    from qcore.runtime import ort
+
+    parse_model(raw, name)
+    ort.load(raw, name=name)
+
+
 def _unchanged(model: Path, out: Path, recipe: "Recipe") -> CompressionSummary:
     """Write the bytes of `model` to `out`: nothing was asked for, so the digest stays what it was."""
     from qcore.canonical import sha256_bytes
     from qcore.files import write_atomic
     from qcore.graph.io import parse_model, read_model_bytes
 
-    _refuse_overwrite(out, model)
     raw = read_model_bytes(model)
     parse_model(raw, str(model))
     write_atomic(out, raw)
@@ -420,65 +451,28 @@ def _claimed_pass(evidence: Path, raw: bytes) -> "GateDecision":
     return decision
 
 
-def _package_source(
-    raw: bytes, model: Path, data: Path, split: str, golden: Path, decision: "GateDecision"
-) -> Callable[..., Any]:
-    """Write the golden samples to `golden` and return what makes a PackageSource of family, version and target."""
-    import numpy as np
+def _refuse_overwrite(out: Path, *inputs: Path | str, data: Path | None = None) -> None:
+    """Refuse an output path that is one of the inputs, lies inside a data folder, or is not a regular file.
 
-    from qcore.data.dataset import batches, open_dataset
-    from qcore.evaluation import golden_samples
-    from qcore.graph.io import parse_model
-    from qcore.release.manifest import Compatibility, Golden, Provenance, TensorInfo
-    from qcore.release.package import PackageSource
-    from qcore.runtime import ort
-    from qcore.target import load_target
+    Args:
+        out: where a step wants to write.
+        inputs: files; names of shipped recipes and targets are no files and do no harm.
+        data: a data card, with everything that it reads.
+    """
+    if out.exists() and not out.is_file():
+        raise ConfigError(f"output {out} is not a regular file; pass the path of a file")
+    files, folders = [Path(p) for p in inputs], []
+    if data is not None:
+        from qcore.data.dataset import data_sources
 
-    loaded = ort.load(raw, name=str(model), threads=1)
-    dataset = open_dataset(data, split)
-    sample_bytes = sum(v.nbytes for v in ort.feeds(loaded, next(batches(dataset, 1))).values())
-    fitting = len(raw) // GOLDEN_SHARE // max(sample_bytes, 1)
-    n = loaded.fixed_batch or min(max(fitting, MIN_GOLDEN_SAMPLES), MAX_GOLDEN_SAMPLES)
-    fed = ort.feeds(loaded, next(batches(dataset, n)))
-    golden.write_bytes(golden_samples(loaded.predict, fed))
-    outputs = [np.asarray(v, np.float64) for v in loaded.predict(fed).values()]
-    error = max(GOLDEN_ERROR * float(np.ptp(v)) for v in outputs)
-
-    def ports(side: Any) -> tuple[TensorInfo, ...]:
-        return tuple(TensorInfo(name=p.name, dtype=p.dtype.name, shape=p.shape) for p in side)
-
-    def source(*, family: str, version: str, target: str) -> PackageSource:
-        return PackageSource(
-            family=family,
-            version=version,
-            model=model,
-            golden=golden,
-            compat=Compatibility(
-                hardware=(load_target(target).name,),
-                onnxruntime=".".join(ort.runtime_version().split(".")[:2]),
-                opset=parse_model(raw, str(model)).opset_imports[""],
-                providers=("CPUExecutionProvider",),
-            ),
-            inputs=ports(loaded.inputs),
-            outputs=ports(loaded.outputs),
-            golden_limits=Golden(
-                n=len(next(iter(fed.values()))), max_abs_error=error, argmax_agreement=GOLDEN_AGREEMENT
-            ),
-            provenance=Provenance(
-                baseline_sha256=decision.baseline_sha256,
-                data_sha256=decision.data_sha256,
-                policy_sha256=decision.policy_sha256,
-                qcore_version=__version__,
-            ),
-        )
-
-    return source
-
-
-def _refuse_overwrite(out: Path, *inputs: Path) -> None:
-    """Refuse an output path that is one of the inputs, or a folder."""
-    if out.is_dir():
-        raise ConfigError(f"output {out} is a folder; pass the path of a file")
-    for path in inputs:
+        sources = data_sources(data)
+        files += [p for p in sources if not p.is_dir()]
+        folders = [p.resolve() for p in sources if p.is_dir()]
+    for path in files:
         if out.exists() and path.exists() and out.samefile(path):
             raise ConfigError(f"output {out} is also an input; inputs are never changed; pass another path")
+    for folder in folders:
+        if out.resolve().is_relative_to(folder):
+            raise ConfigError(
+                f"output {out} lies in the data folder {folder}; inputs are never changed; pass another path"
+            )

@@ -83,9 +83,13 @@ def _run(arguments: Sequence[str]) -> tuple[int, str]:
         result = INTERRUPTED
     except BrokenPipeError:
         return 0, ""  # the reader of the output left; that is its right
+    except ModuleNotFoundError:
+        raise  # the entry point names the extra that brings it
     except OSError as e:
         where = f" {e.filename}" if e.filename else ""
         return 1, f"{e.strerror or e}{where}; check the path, its permissions and the free space"
+    except Exception as e:  # noqa: BLE001 - the one boundary: a person sees a line, never a traceback
+        return 1, f"unexpected {type(e).__name__}: {e}; this is a defect of qcore: report it with the command"
     if result == INTERRUPTED:
         return INTERRUPTED, "interrupted; nothing half-written is left; run the same command again"
     return (result, "") if isinstance(result, int) else (0, "")

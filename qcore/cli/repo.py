@@ -7,6 +7,8 @@ import typer
 
 from qcore.cli import options as opt
 from qcore.cli.output import print_facts, print_json, print_table
+from qcore.cli.workspace import make_repository
+from qcore.errors import ReleaseError
 
 app = typer.Typer(help="The signed repository that devices read.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -18,15 +20,11 @@ def init(
     channel: Annotated[list[str] | None, typer.Option("--channel", help="Channel to create; repeatable.")] = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Make an empty repository and a set of development keys."""
-    from qcore.release.keys import create_keys
-    from qcore.release.repository import init_repository
-    from qcore.release.store import DirectoryStore
-
+    """Make an empty repository and a set of development keys; again after an interruption, what is missing."""
     channels = channel or ["stable"]
-    ring = create_keys(keys, channels)
-    init_repository(DirectoryStore(folder=repository), ring, channels, now=datetime.now(UTC))
-    facts = {"repository": str(repository), "keys": str(keys), "root": str(ring.pinned_root)}
+    if not make_repository(repository, keys, channels):
+        raise ReleaseError(f"{keys} and {repository} are complete already; nothing is overwritten; pass other folders")
+    facts = {"repository": str(repository), "keys": str(keys), "root": str(keys / "root.json")}
     if as_json:
         print_json({**facts, "channels": channels})
     else:

@@ -1,5 +1,9 @@
 """A workspace: the folder in which a laptop plays every part (signing keys, repository, tracking, one device)."""
 
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,20 +49,43 @@ class Workspace:
 
 def prepare(folder: Path, channel: str) -> Workspace:
     """Return the workspace in `folder` with keys and repository, which are made if there are none."""
+    workspace = Workspace(folder=folder)
+    make_repository(workspace.repository, workspace.keys, [channel])
+    return workspace
+
+
+def make_repository(repository: Path, keys: Path, channels: list[str]) -> bool:
+    """Make what is missing of keys and repository; return whether anything was.
+
+    One process at a time, and again after a crash: keys without a repository get one, complete ones stay as they are.
+    """
     from qcore.release.keys import create_keys, load_keys
     from qcore.release.repository import init_repository
     from qcore.release.store import DirectoryStore
 
-    workspace = Workspace(folder=folder)
-    store = DirectoryStore(folder=workspace.repository)
-    if not any(workspace.keys.glob("*.pem")):
-        typer.echo(f"making development keys in {workspace.keys}", err=True)
-        create_keys(workspace.keys, [channel])
-    if store.get(TIMESTAMP) is None:  # also after an interrupted first run: the keys are there, the repository is not
-        typer.echo(f"making an empty repository in {workspace.repository}", err=True)
-        ring = load_keys(workspace.keys)
+    keys.parent.mkdir(parents=True, exist_ok=True)
+    with locked_folder(keys.parent):
+        store = DirectoryStore(folder=repository)
+        if (keys / "root.json").exists() and store.get(TIMESTAMP) is not None:
+            return False
+        if not any(keys.glob("*.pem")):
+            typer.echo(f"making development keys in {keys}", err=True)
+            create_keys(keys, channels)
+        typer.echo(f"making an empty repository in {repository}", err=True)
+        ring = load_keys(keys)
         init_repository(store, ring, list(ring.channels), now=datetime.now(UTC))
-    return workspace
+        return True
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `folder` while the block runs; others wait."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def refresh(workspace: Workspace) -> None:

@@ -10,6 +10,7 @@ from qcore.errors import DataError
 
 Layout = Literal["NCHW", "NHWC", "NC", "N"]
 Floats = float | tuple[float, ...]
+Pixels = Annotated[int, Field(gt=0, le=16384)]
 
 
 class Normalize(Config):
@@ -18,6 +19,12 @@ class Normalize(Config):
     mean: Floats = 0.0
     std: Floats = 1.0
 
+    @model_validator(mode="after")
+    def _divisible(self) -> "Normalize":
+        if 0.0 in (self.std if isinstance(self.std, tuple) else (self.std,)):
+            raise ValueError("std holds 0; nothing can be divided by it")
+        return self
+
 
 class Preprocess(Config):
     """One step; exactly one field is set.
@@ -25,9 +32,9 @@ class Preprocess(Config):
     Sizes are pixels: one number for a square, or [height, width]. Images are resized with Pillow's BICUBIC.
     """
 
-    resize_shorter: Annotated[int, Field(gt=0)] | None = None
-    resize: int | tuple[int, int] | None = None
-    center_crop: int | tuple[int, int] | None = None
+    resize_shorter: Pixels | None = None
+    resize: Pixels | tuple[Pixels, Pixels] | None = None
+    center_crop: Pixels | tuple[Pixels, Pixels] | None = None
     normalize: Normalize | None = None
     scale: float | None = None
 
@@ -79,7 +86,7 @@ class DataCard(Config):
     inputs: dict[str, str] | None = None
     x: str = "x"
     y: str = "y"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     splits: dict[str, Split]
     slices: dict[str, tuple[int, ...] | str] | None = None
 
@@ -94,8 +101,8 @@ class DataCard(Config):
         return value
 
 
-def load_card(path: Path) -> tuple[DataCard, Path]:
-    """Return the card at `path` (a YAML file, or a folder that holds exactly one) and the folder it is in.
+def load_card(path: Path) -> tuple[DataCard, Path, Path]:
+    """Return the card at `path` (a YAML file, or a folder that holds exactly one), its folder, and its file.
 
     Raises:
         DataError: nothing is there, or a folder holds none or several.
@@ -108,4 +115,4 @@ def load_card(path: Path) -> tuple[DataCard, Path]:
         if len(cards) != 1:
             raise DataError(f"folder {path} holds {len(cards)} YAML files; allowed: exactly one data card")
         path = cards[0]
-    return load_config(path, DataCard, "data card"), path.parent
+    return load_config(path, DataCard, "data card"), path.parent, path

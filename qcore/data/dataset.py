@@ -56,7 +56,7 @@ def open_dataset(path: Path, split: str) -> Dataset:
         DataError: missing split, file or folder; labels that do not fit; an empty split.
         ConfigError: the card is wrong.
     """
-    card, folder = load_card(path)
+    card, folder, _ = load_card(path)
     if card.inputs and (card.preprocess or card.layout or card.model_layout):
         raise DataError(
             f"data card {card.name} has `inputs` together with preprocess or layout; arrays of several inputs go to "
@@ -92,6 +92,14 @@ def open_dataset(path: Path, split: str) -> Dataset:
         labels=labels,
         sha256=sha256_json({"content": content, "prepared": prepared, "split": split}),
     )
+
+
+def data_sources(path: Path) -> list[Path]:
+    """Return every file and folder that the card at `path` reads, the card itself first."""
+    card, folder, file = load_card(path)
+    named = {card.path, *(split.path for split in card.splits.values())}
+    sources = [folder / p for p in sorted(p for p in named if p is not None)]
+    return [file, *sources, *([folder / card.classes] if isinstance(card.classes, str) else [])]
 
 
 def shared_samples(a: Dataset, b: Dataset) -> int:

@@ -4,7 +4,9 @@
 """
 
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -14,6 +16,8 @@ from numpy.typing import NDArray
 
 from qcore.errors import DataError
 from qcore.files import sha256_file
+
+MAX_LABEL = 1 << 31
 
 
 class NpzFile:
@@ -44,6 +48,8 @@ class NpzFile:
             raise DataError(f"labels {array!r} in {self.shards[0].name} have shape {y.shape}; allowed: ({total},)")
         if not np.issubdtype(y.dtype, np.integer):
             raise DataError(f"labels {array!r} in {self.shards[0].name} are {y.dtype}; allowed: integer class numbers")
+        if y.max(initial=0) > MAX_LABEL or y.min(initial=0) < -MAX_LABEL:
+            raise DataError(f"labels {array!r} in {self.shards[0].name} exceed {MAX_LABEL}; allowed: class numbers")
         return tuple(int(v) for v in y[list(indices), 0])
 
     def batches(
@@ -53,7 +59,12 @@ class NpzFile:
         columns = {name: self._picked(array, indices) for name, array in arrays.items()}
         for start in range(0, len(indices), size):
             n = min(size, len(indices) - start)
-            yield {name: np.stack([next(column) for _ in range(n)]) for name, column in columns.items()}
+            with _readable(self.shards[0]):
+                batch = {name: np.stack([next(column) for _ in range(n)]) for name, column in columns.items()}
+            yield batch
+        with _readable(self.shards[0]):
+            for column in columns.values():
+                next(column, None)  # reads the rest, so that damage anywhere is seen
 
     def _picked(self, array: str, indices: Sequence[int]) -> Iterator[NDArray[np.generic]]:
         wanted, offset = iter(indices), 0
@@ -70,12 +81,14 @@ class NpzFile:
                         yield np.frombuffer(_exactly(stream, row_bytes, shard), dtype).reshape(shape[1:])
                         position = target + 1
                         target = next(wanted, None)
+                    while stream.read(1 << 20):
+                        pass  # only at its end is the member's checksum compared
             offset += rows
 
     def _shard_rows(self, shard: Path, arrays: Sequence[str]) -> int:
         counts = {}
         for array in arrays:
-            with _opened(shard, array) as stream:
+            with _readable(shard), _opened(shard, array) as stream:
                 shape, _ = _header(stream, shard, array)
                 counts[array] = shape[0] if shape else 0
         if len(set(counts.values())) != 1:
@@ -83,17 +96,30 @@ class NpzFile:
         return next(iter(counts.values()))
 
     def _whole(self, shard: Path, array: str) -> NDArray[np.generic]:
-        with _opened(shard, array) as stream:
+        with _readable(shard), _opened(shard, array) as stream:
+            _header(stream, shard, array)
+        with _readable(shard), _opened(shard, array) as stream:
             result: NDArray[np.generic] = npy.read_array(stream, allow_pickle=False)
             return result
+
+
+@contextmanager
+def _readable(shard: Path) -> Iterator[None]:
+    """Turn what a damaged archive raises into one line."""
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as e:
+        raise DataError(f"{shard.name} is damaged ({e}); write it again with numpy.savez") from e
 
 
 def _opened(shard: Path, array: str) -> IO[bytes]:
     """Open one member of a shard; closing the stream closes nothing else, the archive goes with it."""
     try:
         archive = zipfile.ZipFile(shard)
-    except (OSError, zipfile.BadZipFile) as e:
+    except zipfile.BadZipFile as e:
         raise DataError(f"{shard} is not an .npz file ({e}); write it with numpy.savez") from e
+    except OSError as e:
+        raise DataError(f"{shard} cannot be read: {e.strerror}; check its permissions") from e
     try:
         return archive.open(f"{array}.npy")
     except KeyError as e:
@@ -108,9 +134,11 @@ def _header(stream: IO[bytes], shard: Path, array: str) -> tuple[tuple[int, ...]
         shape, fortran, dtype = read(stream)
     except ValueError as e:
         raise DataError(f"array {array!r} in {shard.name} is not a numpy array ({e}); write it again") from e
-    if dtype.hasobject or (fortran and len(shape) > 1):
-        kind = "Python objects" if dtype.hasobject else "column-major"
-        raise DataError(f"array {array!r} in {shard.name} is {kind}; allowed: numbers in C order")
+    if dtype.kind not in "fiub":
+        kind = "Python objects" if dtype.hasobject else f"of dtype {dtype}"
+        raise DataError(f"array {array!r} in {shard.name} is {kind}; allowed: real numbers; convert and write it again")
+    if fortran and len(shape) > 1:
+        raise DataError(f"array {array!r} in {shard.name} is column-major; pass it through numpy.ascontiguousarray")
     return shape, dtype
 
 

@@ -91,8 +91,11 @@ def staging_folder(state_dir: Path, sha256: Digest) -> Path:
 
 
 def sweep(state_dir: Path) -> None:
-    """Remove what no link points to: other slots, half-built ones and half-loaded packages."""
-    kept = {s.record.sha256 for s in (read_slot(state_dir, CURRENT), read_slot(state_dir, PREVIOUS)) if s is not None}
+    """Remove what no link points to: other slots, half-built ones and half-loaded packages.
+
+    The links decide, not the records: a slot whose record cannot be read still serves.
+    """
+    kept = {os.path.basename(os.readlink(link)) for n in (CURRENT, PREVIOUS) if (link := state_dir / n).is_symlink()}
     for path in [*(state_dir / "slots").glob("*"), *(state_dir / "downloads").glob("*")]:
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -5,21 +5,40 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
 
+_TAKEN = "qcore.names"
+
 
 def editable_copy(model: ir.Model) -> ir.Model:
     """Return a copy of `model` whose constants are all initializers; weight bytes are shared, not copied."""
     copy = model.clone()
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
     RemoveInitializersFromInputsPass()(copy)  # models of IR version 3 listed every weight as an input
+    copy.graph.meta[_TAKEN] = {
+        str(named.name)
+        for graph in (copy.graph, *copy.graph.subgraphs())
+        for named in (
+            *graph.inputs,
+            *graph.initializers.values(),
+            *(o for node in graph for o in (*node.outputs, node)),
+        )
+    }
     return copy
+
+
+def fresh_name(graph: ir.Graph, wanted: str) -> str:
+    """Return `wanted`, with a number appended if a value or node of `graph` (of `editable_copy`) has that name."""
+    taken: set[str] = graph.meta[_TAKEN]
+    name, k = wanted, 0
+    while name in taken:
+        k += 1
+        name = f"{wanted}_{k}"
+    taken.add(name)
+    return name
 
 
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
     """Return a new initializer of `graph`; `name` gets a number appended if it is taken."""
-    unique, k = name, 0
-    while unique in graph.initializers:
-        k += 1
-        unique = f"{name}_{k}"
+    unique = fresh_name(graph, name)
     tensor = ir.tensor(np.array(array, order="C"), name=unique)  # ascontiguousarray would make a scalar a vector
     value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
@@ -38,6 +57,8 @@ def remove_in_favour_of(node: ir.Node, replacement: ir.Value) -> None:
     output = node.outputs[0]
     name, graph = output.name, node.graph
     assert isinstance(graph, ir.Graph)  # noqa: S101 - nodes of a function body are never passed here
+    replacement.type = replacement.type or output.type
+    replacement.shape = replacement.shape or output.shape
     output.replace_all_uses_with(replacement, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     output.name = None

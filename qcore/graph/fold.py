@@ -6,7 +6,14 @@ from numpy.typing import NDArray
 
 from qcore.graph.edit import add_initializer, drop_unused_initializers, editable_copy, remove_in_favour_of
 from qcore.graph.rewrite import Rewrite, Skipped
-from qcore.graph.traverse import constant_array, float_attribute, int_attribute, node_name, only_consumer
+from qcore.graph.traverse import (
+    constant_array,
+    float_attribute,
+    int_attribute,
+    is_vector,
+    node_name,
+    only_consumer,
+)
 
 
 def fold_batchnorm(model: ir.Model) -> Rewrite:
@@ -50,7 +57,7 @@ def _fold_one(bn: ir.Node) -> str | None:
     has_bias = len(layer.inputs) > 2 and layer.inputs[2] is not None
     if weight is None or gamma is None or beta is None or mean is None or variance is None:
         return "weights or statistics are not constants"
-    if has_bias and (bias is None or bias.size != gamma.size):
+    if has_bias and (bias is None or not is_vector(bias, gamma.size)):
         return "the bias is not a constant vector"
     factor = gamma.astype(np.float64) / np.sqrt(variance.astype(np.float64) + float_attribute(bn, "epsilon", 1e-5))
     shape = [1] * weight.ndim

@@ -8,7 +8,7 @@ close classes keep their order.
 import numpy as np
 import onnx_ir as ir
 
-from qcore.graph.edit import add_initializer, drop_unused_initializers, editable_copy, remove_in_favour_of
+from qcore.graph.edit import add_initializer, drop_unused_initializers, editable_copy, fresh_name, remove_in_favour_of
 from qcore.graph.rewrite import Rewrite, Skipped
 from qcore.graph.traverse import constant_array, int_attribute, node_name, only_consumer
 
@@ -34,6 +34,8 @@ def conv_head_to_gemm(model: ir.Model) -> Rewrite:
 
 def _refusal(conv: ir.Node) -> str | None:
     weight = constant_array(conv.inputs[1])
+    if weight is not None and weight.dtype != np.float32:
+        return f"its weights are {weight.dtype}"
     if weight is None or weight.shape[2:] != (1,) * (weight.ndim - 2) or int_attribute(conv, "group", 1) != 1:
         return "it is not a 1x1 convolution with constant weights and one group"
     pads = conv.attributes.get("pads")
@@ -53,7 +55,7 @@ def _replace(graph: ir.Graph, conv: ir.Node) -> None:
     flat = ir.node("Flatten", [conv.inputs[0]], {"axis": 1}, name=f"{name}.flatten")
     bias = [conv.inputs[2]] if len(conv.inputs) > 2 and conv.inputs[2] is not None else []
     gemm = ir.node("Gemm", [flat.outputs[0], matrix, *bias], {"transB": 1}, name=name)
-    flat.outputs[0].name = f"{name}.features"
+    flat.outputs[0].name = fresh_name(graph, f"{name}.features")
     flat.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     gemm.outputs[0].type, gemm.outputs[0].shape = flatten.outputs[0].type, flatten.outputs[0].shape
     graph.insert_before(conv, [flat, gemm])

@@ -62,6 +62,8 @@ def parse_model(data: bytes, name: str) -> ir.Model:
             f"{name} keeps {len(external)} weights in external files (first: {external[0]}); allowed: one "
             "self-contained file; store it with onnx.save(onnx.load(path), new_path)"
         )
+    if proto.graph.sparse_initializer:
+        raise ModelError(f"{name} has sparse initializers; allowed: dense weights; store them dense")
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
     if opset < MIN_OPSET:
         raise ModelError(

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcore.graph.edit import add_initializer
+from qcore.graph.edit import add_initializer, fresh_name
 from qcore.numerics.affine import QParams
 
 
@@ -25,8 +25,10 @@ def insert_activation_qdq(graph: ir.Graph, value: ir.Value, q: QParams) -> ir.Va
     """
     name = str(value.name)
     scale, zero = _parameters(graph, name, q)
-    quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}_quantize")
-    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{name}_dequantize")
+    quantize = ir.node("QuantizeLinear", [value, scale, zero], name=fresh_name(graph, f"{name}_quantize"))
+    dequantize = ir.node(
+        "DequantizeLinear", [quantize.outputs[0], scale, zero], name=fresh_name(graph, f"{name}_dequantize")
+    )
     result = dequantize.outputs[0]
     result.type, result.shape = value.type, value.shape
     was_output = value.is_graph_output() and not value.is_graph_input()
@@ -34,12 +36,12 @@ def insert_activation_qdq(graph: ir.Graph, value: ir.Value, q: QParams) -> ir.Va
         if node is not quantize:
             node.replace_input_with(index, result)
     if was_output:
-        value.name = f"{name}_float"
+        value.name = fresh_name(graph, f"{name}_float")
         for i, output in enumerate(graph.outputs):
             if output is value:
                 graph.outputs[i] = result
-    quantize.outputs[0].name = f"{name}_quantized"
-    result.name = name if was_output else f"{name}_dequantized"
+    quantize.outputs[0].name = fresh_name(graph, f"{name}_quantized")
+    result.name = name if was_output else fresh_name(graph, f"{name}_dequantized")
     producer = value.producer()
     if producer is None:
         first = next(iter(graph))
@@ -64,10 +66,9 @@ def dequantized_initializer(
     scale, zero = _parameters(graph, name, q)
     inputs = [stored, scale] if zero is None else [stored, scale, zero]
     attributes = {} if q.axis is None else {"axis": q.axis}
-    base, _, number = str(stored.name).rpartition("_quantized")
-    node = ir.node("DequantizeLinear", inputs, attributes, name=f"{base}_dequantize{number}")
+    node = ir.node("DequantizeLinear", inputs, attributes, name=fresh_name(graph, f"{name}_dequantize"))
     result = node.outputs[0]
-    result.name = f"{base}_dequantized{number}"
+    result.name = fresh_name(graph, f"{name}_dequantized")
     result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(integers.shape)
     graph.insert_before(next(iter(graph)), node)
     return result

@@ -19,6 +19,11 @@ def constant_array(value: ir.Value | None) -> NDArray[Any] | None:
     return None if tensor is None else tensor.numpy()
 
 
+def is_vector(array: NDArray[Any], size: int) -> bool:
+    """Say whether `array` holds one value per output channel: (size,), or that with leading dimensions of 1."""
+    return array.size == size and (array.ndim < 2 or array.shape[-1] == size)
+
+
 def only_consumer(value: ir.Value) -> ir.Node | None:
     """Return the node that alone reads `value`, or None if it has several readers or is a graph output."""
     uses = value.uses()

@@ -23,7 +23,14 @@ from qcore.errors import CalibrationError, ModelError
 from qcore.graph.edit import drop_unused_initializers, editable_copy, remove_in_favour_of
 from qcore.graph.qdq import dequantized_initializer, insert_activation_qdq
 from qcore.graph.rewrite import Rewrite, Skipped
-from qcore.graph.traverse import constant_array, float_attribute, int_attribute, node_name, only_consumer
+from qcore.graph.traverse import (
+    constant_array,
+    float_attribute,
+    int_attribute,
+    is_vector,
+    node_name,
+    only_consumer,
+)
 from qcore.numerics.affine import Float, QParams, QScheme, channel_range, qparams_from_range, quantize_array
 from qcore.numerics.stats import RangeRule, range_from_stats
 from qcore.target import TargetProfile
@@ -134,6 +141,8 @@ def _refusal(node: ir.Node, step: QuantizeStep, target: TargetProfile, table: Ca
         return f"{target.name} has no integer kernel for {node.op_type}"
     if node_name(node) in step.exclude:
         return "excluded by the recipe"
+    if any(a is not None and not _is_finite(a) for a in map(constant_array, node.inputs)):
+        return "a constant of it holds NaN or infinity"
     if node.op_type in WEIGHTED and (reason := _weight_refusal(node)) is not None:
         return reason
     needed = [v for v in node.inputs if _is_activation(v)]
@@ -162,12 +171,16 @@ def _weight_refusal(node: ir.Node) -> str | None:
         return "its weights are not float32 constants"
     if bias is not None and (array := constant_array(bias)) is None:
         return "its bias is not a constant"
-    if bias is not None and array is not None and array.size != weight.shape[_channel_axis(node, weight.ndim)]:
+    if bias is not None and array is not None and not is_vector(array, weight.shape[_channel_axis(node, weight.ndim)]):
         return "its bias is not one value per output channel"
     plain = float_attribute(node, "alpha", 1.0) == 1.0 and float_attribute(node, "beta", 1.0) == 1.0
     if node.op_type == "Gemm" and not (plain and int_attribute(node, "transA", 0) == 0):
         return "Gemm with alpha, beta or transA"
     return None
+
+
+def _is_finite(array: NDArray[np.generic]) -> bool:
+    return not np.issubdtype(array.dtype, np.floating) or bool(np.isfinite(array).all())
 
 
 def _is_activation(value: ir.Value | None) -> bool:

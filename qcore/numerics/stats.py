@@ -36,6 +36,21 @@ class TensorStats:
     first: int
     histogram: NDArray[np.int64]
 
+    def __post_init__(self) -> None:
+        """Hold what follows from the definition, also for statistics that were read from a file.
+
+        Raises:
+            ValueError: the fields contradict each other.
+        """
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low <= self.high and self.count > 0):
+            raise ValueError(f"range [{self.low}, {self.high}] of {self.count} values")
+        last = _bin(self.high, self.exponent)
+        grid = (_exponent(self.low, self.high, self.bins), _bin(self.low, self.exponent))
+        if (self.exponent, self.first) != grid or len(self.histogram) != last - self.first + 1:
+            raise ValueError(f"bins do not fit the range [{self.low}, {self.high}]")
+        if int(self.histogram.sum()) != self.count or int(self.histogram.min()) < 0:
+            raise ValueError(f"histogram does not add up to {self.count}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RangeRule:

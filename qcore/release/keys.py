@@ -6,6 +6,7 @@ signed root and targets metadata do (`repository.py`). Encrypted files and key s
 """
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,15 +101,25 @@ def create_keys(folder: Path, channels: Sequence[str]) -> KeyRing:
         if (folder / f"{name}.pem").exists():
             raise ReleaseError(f"{folder / name}.pem exists and is never overwritten; pass an empty folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not (folder / "README.txt").exists():
-            write_atomic(folder / "README.txt", README.encode())
-        for name in names:
-            _write_private(folder / f"{name}.pem", CryptoSigner.generate_ed25519().private_bytes)
-        fsync_dir(folder)
+        if folder.exists() and any(folder.iterdir()):
+            _write_ring(folder, names)
+        else:  # a ring is there whole or not at all, wherever this is interrupted
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+            _write_ring(made, names)
+            made.rename(folder)
+            fsync_dir(folder.parent)
     except OSError as e:
         raise ReleaseError(f"keys cannot be written to {folder}: {e.strerror}; pass a folder you can write to") from e
     return load_keys(folder)
+
+
+def _write_ring(folder: Path, names: Sequence[str]) -> None:
+    if not (folder / "README.txt").exists():
+        write_atomic(folder / "README.txt", README.encode())
+    for name in names:
+        _write_private(folder / f"{name}.pem", CryptoSigner.generate_ed25519().private_bytes)
+    fsync_dir(folder)
 
 
 def load_keys(folder: Path) -> KeyRing:

@@ -66,7 +66,7 @@ class Loaded:
     @property
     def fixed_batch(self) -> int | None:
         """The batch size that the model insists on, or None where it is symbolic."""
-        shape = self.inputs[0].shape
+        shape = self.inputs[0].shape if self.inputs else ()
         return shape[0] if shape else None
 
 

@@ -176,7 +176,11 @@ class Tracker:
         try:
             replay_journal(self.journal, RestSink(uri, self._env))
         except (TrackingError, OSError) as e:
-            kept = f"`qcore mlflow replay {self.journal.path.parent}`" if self.journal.path else "QCORE_JOURNAL_DIR"
+            kept = (
+                f"`qcore mlflow replay --journal {self.journal.path.parent} --uri URI`"
+                if self.journal.path
+                else "QCORE_JOURNAL_DIR"
+            )
             logger.warning("not tracked: %s (to have it later: %s)", one_line(e), kept)
 
 

@@ -61,7 +61,11 @@ class Uploader:
             self._enough.set()
             result = Uploaded(run_id=result.run_id, url=result.url, problem=f"{self._uri}: too slow, not all was sent")
         if result.problem is not None:
-            logger.warning("not tracked: %s (to have it later: `qcore mlflow replay %s`)", result.problem, self._folder)
+            logger.warning(
+                "not tracked: %s (to have it later: `qcore mlflow replay --journal %s --uri URI`)",
+                result.problem,
+                self._folder,
+            )
         return result
 
     def _work(self) -> None:

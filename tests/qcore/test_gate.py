@@ -177,6 +177,7 @@ GOOD = report(1, 1, 500)
         replace(GOOD, metrics={**GOOD.metrics, "agreement": 1.0}),
         replace(GOOD, metrics={**GOOD.metrics, "top1": float("nan")}),
         replace(GOOD, metrics={"top1": 1.0}),
+        replace(GOOD, metrics={**GOOD.metrics, "baseline_top1": 0.0}),
         replace(GOOD, paired=replace(GOOD.paired, only_baseline_right=0, both_right=499)),
         replace(GOOD, paired=None),
         replace(GOOD, samples=replace(GOOD.samples, index=(0, *GOOD.samples.index[:-1]))),
@@ -204,6 +205,24 @@ def test_report_and_decision_survive_json_and_bind_their_digests():
     assert (decision.model_sha256, decision.baseline_sha256, decision.data_sha256) == ("a" * 64, "b" * 64, "c" * 64)
     assert decision.policy_sha256 == ONE_POINT.sha256
     assert decision.report_sha256 == GOOD.sha256
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n": 500.0},
+        {"metrics": None},
+        {"metrics": {"agreement": "1"}},
+        {"model": {**GOOD.to_json()["model"], "sha256": 5}},
+        {"model": {**GOOD.to_json()["model"], "size_bytes": 0}},
+        {"latency_ms": {}, "baseline": {**GOOD.to_json()["baseline"], "latency_ms": {"p50": 0, "p95": 1, "runs": 1}}},
+        {"data": {**GOOD.to_json()["data"], "task": "foo"}},
+        {"extra": 1},
+    ],
+)
+def test_a_report_of_another_form_is_refused(change):
+    with pytest.raises(GateRefused):
+        report_from_json({**GOOD.to_json(), **change})
 
 
 def test_a_pass_cannot_be_claimed_for_failed_checks():

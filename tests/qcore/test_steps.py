@@ -1,6 +1,7 @@
 """The steps on files: what they write, what they refuse, and that inputs stay as they were."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,63 @@ def test_an_input_is_never_the_output(inputs):
     model, card = inputs
     with pytest.raises(ConfigError, match="is also an input"):
         steps.compress(model=model, data=card, out=model)
+
+
+@pytest.mark.parametrize("name", ["tiny.npz", "tiny.yaml"])
+def test_the_files_of_a_card_are_never_the_output(inputs, name):
+    model, card = inputs
+    with pytest.raises(ConfigError, match="is also an input"):
+        steps.compress(model=model, data=card, out=card.parent / name)
+    with pytest.raises(ConfigError, match="is also an input"):
+        steps.calibrate(model=model, data=card.parent, out=card.parent / name)
+    with pytest.raises(ConfigError, match="is also an input"):
+        steps.evaluate(candidate=model, baseline=model, data=card, out=card.parent / name)
+
+
+def test_table_recipe_and_target_are_never_the_output(inputs, tmp_path):
+    model, card = inputs
+    table, recipe, target = tmp_path / "t.json", tmp_path / "r.yaml", tmp_path / "t.yaml"
+    steps.calibrate(model=model, data=card, out=table)
+    recipe.write_text("name: r\nsteps: [{method: fold-batchnorm}]\n")
+    target.write_text("name: t\ndescription: d\nactivations: int8\nquantize: [Conv]\n")
+    for out in (table, recipe, target):
+        before = out.read_bytes()
+        with pytest.raises(ConfigError, match="is also an input"):
+            steps.quantize(model=model, table=table, out=out, recipe=str(recipe), target=str(target))
+        assert out.read_bytes() == before
+
+
+def test_what_is_no_regular_file_is_never_replaced(inputs, tmp_path):
+    model, _ = inputs
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        steps.prune(model=model, out=tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bins": None},
+        {"tensors": {}},
+        {"low": 9e9},
+        {"low": float("nan")},
+        {"count": 0},
+        {"exponent": 99999},
+        {"first": 7},
+    ],
+)
+def test_an_edited_table_is_refused(inputs, tmp_path, change):
+    model, card = inputs
+    steps.calibrate(model=model, data=card, out=tmp_path / "t.json")
+    value = json.loads((tmp_path / "t.json").read_text())
+    for key, new in change.items():
+        place = value if key in value else value["tensors"]["x"]
+        place[key] = new
+    (tmp_path / "t.json").write_text(json.dumps(value))
+    with pytest.raises((CalibrationError, ModelError)):
+        steps.quantize(model=model, table=tmp_path / "t.json", out=tmp_path / "q.onnx")
+    assert not (tmp_path / "q.onnx").exists()
 
 
 def test_data_that_does_not_fit_the_model_is_refused(tmp_path):

@@ -202,3 +202,21 @@ def test_help_and_version_cost_nothing_and_succeed():
 )
 def test_family_names_come_from_the_file(tmp_path, file, name):
     assert family_name(tmp_path / file) == name
+
+
+def test_an_interrupted_repo_init_can_be_run_again(tmp_path):
+    where = ["--repository", tmp_path / "r", "--keys", tmp_path / "k"]
+    assert qcore("repo", "init", *where).returncode == 0
+    (tmp_path / "r" / "metadata" / "timestamp.json").unlink()  # as after a kill before the last write
+    assert qcore("repo", "init", *where).returncode == 0
+    assert qcore("repo", "status", "--repository", tmp_path / "r").returncode == 0
+    assert "complete already" in complaint(qcore("repo", "init", *where), 1)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--family", "../x"), ("--version", "1/2"), ("--channel", "beta")])
+def test_a_pipeline_refuses_wrong_names_before_it_runs(files, tmp_path, option, value):
+    prepared = ["--repository", tmp_path / "r", "--keys", tmp_path / "k"]
+    assert qcore("repo", "init", *prepared).returncode == 0
+    run = ["pipeline", "run", "--model", files[0], "--data", files[1], "--workspace", tmp_path / "w", *prepared]
+    assert value in complaint(qcore(*run, option, value), 1)
+    assert not (tmp_path / "w" / "runs").exists()

@@ -124,6 +124,10 @@ def test_a_split_larger_than_the_data_is_refused(tmp_path):
         (np.zeros((19, 3, 3, 2), np.uint8), None, r"labels 'y' in d.npz have shape \(20, 1\); allowed: \(19,\)"),
         (None, np.linspace(0, 1, 20), "allowed: integer class numbers"),
         (np.array([object()] * 20), None, "Python objects"),
+        (np.ones((20, 3, 3, 2), np.complex64), None, "of dtype complex64; allowed: real numbers"),
+        (np.array(["a"] * 20), None, "of dtype <U1"),
+        (None, np.full(20, 2**63, np.uint64), "exceed"),
+        (None, np.array([object()] * 20), "Python objects"),
         (np.asfortranarray(np.zeros((20, 3, 3, 2), np.float32)), None, "column-major"),
     ],
 )
@@ -138,6 +142,33 @@ def test_a_file_that_is_not_npz_is_refused(tmp_path):
     (tmp_path / "d.npz").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="is not an"):
         open_dataset(card, "part")
+
+
+def test_a_flipped_byte_behind_the_split_is_seen(tmp_path):
+    card = write(tmp_path)
+    data = bytearray((tmp_path / "d.npz").read_bytes())
+    at = data.index(b"x.npy") + 400  # inside the stored rows, behind the first
+    data[at] ^= 1
+    (tmp_path / "d.npz").write_bytes(data)
+    card.write_text(CARD + "  first: {range: [0, 1]}\n")
+    with pytest.raises(DataError, match="is damaged"):
+        list(batches(open_dataset(card, "first"), 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: a\nname: b\nsplits: {}\n", "field 'name' is there twice"),
+        ("name: &n a\ntask: *n\nsplits: {}\n", "aliases are not allowed"),
+        ("[" * 5000, "nested too deeply|not YAML"),
+        (CARD.replace("std: [2, 4]", "std: [2, 0]"), "std holds 0"),
+        (CARD.replace("- {norm", "- {scale: .nan}\n  - {norm"), "finite"),
+        (CARD.replace("seed: 3", "seed: -1"), "seed"),
+    ],
+)
+def test_cards_that_mean_something_else_than_they_show_are_refused(tmp_path, text, says):
+    with pytest.raises(ConfigError, match=says):
+        open_dataset(write(tmp_path, text), "part")
 
 
 def test_a_truncated_file_is_refused(tmp_path):

@@ -176,6 +176,75 @@ def test_a_graph_output_that_is_read_inside_keeps_its_name():
         assert sqnr_db(want, mine) > 25
 
 
+def gemm_with(c: np.ndarray):
+    """Return a Gemm of 64 rows and 64 columns, so that a column and a row of C have the same size."""
+    nodes = [helper.make_node("Gemm", ["x", "w", "c"], ["y"], name="fc")]
+    weights = {"w": np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32), "c": c.astype(np.float32)}
+    return model_of(nodes, weights, inputs={"x": [64, 4]}, outputs={"y": [64, 64]})
+
+
+def test_a_column_added_by_gemm_is_no_bias():
+    column = gemm_with(np.arange(64.0).reshape(64, 1))
+    with pytest.raises(ModelError, match="its bias is not one value per output channel"):
+        quantized(column, "x86-vnni")
+    row = gemm_with(np.arange(64.0).reshape(1, 64))
+    assert quantized(row, "x86-avx2").changed == ("fc",)
+
+
+def test_names_that_are_taken_are_left_alone():
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["x_scale"], name="first"),
+        helper.make_node("Conv", ["x_scale", "w_quantized"], ["x_quantized"], name="second"),
+        helper.make_node("Conv", ["x_quantized", "w"], ["y_float"], name="third"),
+        helper.make_node("Conv", ["y_float", "w"], ["y"], name="fourth"),
+    ]
+    weights = {k: rng.standard_normal((3, 3, 1, 1)).astype(np.float32) for k in ("w", "w_quantized")}
+    shape = ["N", 3, 4, 4]
+    proto = model_of(nodes, weights, inputs={"x": shape}, outputs={"y": shape})
+    data = serialize_model(quantized(proto, "x86-avx2").model)
+    onnx.checker.check_model(onnx.ModelProto.FromString(data), full_check=True)
+    x = samples(proto)
+    plain = run(data, x, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    assert sqnr_db(run(proto.SerializeToString(), x), plain) > 20
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_absorbed_output_without_type_information_keeps_the_file_valid(target):
+    nodes = [helper.make_node("Conv", ["x", "w"], ["c"], name="conv"), helper.make_node("Relu", ["c"], ["y"], name="r")]
+    w = np.random.default_rng(0).standard_normal((3, 3, 1, 1)).astype(np.float32)
+    proto = model_of(nodes, {"w": w}, inputs={"x": ["N", 3, 4, 4]}, outputs={"y": ["N", 3, 4, 4]})
+    onnx.checker.check_model(onnx.ModelProto.FromString(serialize_model(quantized(proto, target).model)))
+
+
+def test_weights_that_are_not_finite_stay_float_with_the_reason():
+    w = np.ones((3, 3, 1, 1), np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="good"),
+        helper.make_node("Conv", ["c", "v"], ["y"], name="bad"),
+    ]
+    shape = ["N", 3, 4, 4]
+    proto = model_of(nodes, {"w": w, "v": np.where(w > 0, 1e-3, w)}, inputs={"x": shape}, outputs={"y": shape})
+    table = table_of(proto)
+    broken = np.ones((3, 3, 1, 1), np.float32)
+    broken[0] = -np.inf
+    infinite = model_of(nodes, {"w": w, "v": broken}, inputs={"x": shape}, outputs={"y": shape})
+    rewrite = quantize(parse_model(infinite.SerializeToString(), "m"), QuantizeStep(), load_target("x86-vnni"), table)
+    assert [(s.node, s.reason) for s in rewrite.skipped] == [("bad", "a constant of it holds NaN or infinity")]
+
+
+def test_a_classifier_that_ends_in_softmax_keeps_float_logits():
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["logits"], name="fc"),
+        helper.make_node("Softmax", ["logits"], ["y"], name="softmax"),
+    ]
+    w = rng.standard_normal((4, 4)).astype(np.float32)
+    proto = model_of(nodes, {"w": w}, inputs={"x": ["N", 4]}, outputs={"y": ["N", 4]})
+    graph = onnx.ModelProto.FromString(serialize_model(quantized(proto, "x86-vnni").model)).graph
+    assert [n.op_type for n in graph.node].count("QuantizeLinear") == 1
+
+
 @given(st.integers(0, 2**32 - 1), st.floats(1e-6, 1e3), st.booleans())
 def test_no_bias_saturates_and_dead_channels_keep_theirs(seed, input_scale, pow2):
     rng = np.random.default_rng(seed)
