@@ -7,7 +7,7 @@ old link or the new one. What may become current is decided in `updater.py`.
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from qcore.canonical import Digest
@@ -42,8 +42,10 @@ def read_slot(state_dir: Path, link: str) -> Slot | None:
     """Return the slot that `link` points to; None if there is none, or its record is gone or damaged."""
     try:
         path = state_dir / os.readlink(state_dir / link)
-        return Slot(path=path, record=Record(**json.loads((path / RECORD).read_bytes())))
-    except (OSError, ValueError, TypeError):
+        stored = json.loads((path / RECORD).read_bytes())
+        record = Record(**{f.name: stored[f.name] for f in fields(Record)})  # a newer agent may have written more
+        return Slot(path=path, record=record)
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 

@@ -13,15 +13,12 @@ def editable_copy(model: ir.Model) -> ir.Model:
     copy = model.clone()
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
     RemoveInitializersFromInputsPass()(copy)  # models of IR version 3 listed every weight as an input
-    copy.graph.meta[_TAKEN] = {
-        str(named.name)
-        for graph in (copy.graph, *copy.graph.subgraphs())
-        for named in (
-            *graph.inputs,
-            *graph.initializers.values(),
-            *(o for node in graph for o in (*node.outputs, node)),
-        )
-    }
+    taken: set[str | None] = set()
+    for graph in (copy.graph, *copy.graph.subgraphs()):
+        taken.update(value.name for value in (*graph.inputs, *graph.initializers.values()))
+        for node in graph:
+            taken.update((node.name, *(output.name for output in node.outputs)))
+    copy.graph.meta[_TAKEN] = taken
     return copy
 
 

@@ -127,6 +127,23 @@ def test_one_flipped_byte_in_the_published_package_is_refused(world, tmp_path):
     assert not (device.state_dir / "current").exists()
 
 
+@pytest.mark.parametrize("record", ["{}", "not json", None])
+def test_a_slot_whose_record_is_damaged_still_serves_when_an_update_fails(world, tighter, tmp_path, record):
+    model, data, repository, keys, device = world
+    release(tmp_path / "a", model, data, repository, keys, version="1.0", recipe="int8")
+    install(device)
+    current = device.state_dir / "current"
+    served = sha256_file(current / "model.onnx")
+    (current / "release.json").unlink() if record is None else (current / "release.json").write_text(record)
+    release(tmp_path / "b", model, data, repository, keys, version="1.1", recipe=tighter)
+    package = next(p for p in repository.rglob("*.qpkg") if "1.1" in p.name)
+    package.write_bytes(package.read_bytes()[:-600] + bytes(600))
+    package.write_bytes(bytes([package.read_bytes()[0] ^ 1]) + package.read_bytes()[1:])
+    with pytest.raises(UpdateError, match=r"^E_HASH"):
+        install(device)
+    assert sha256_file(current / "model.onnx") == served
+
+
 def test_a_stale_timestamp_is_refused(tmp_path):
     repository, keys = make_repository(tmp_path, now=datetime.now(UTC) - timedelta(days=30))
     device = make_device(tmp_path, repository, keys, "x86-avx2")
