@@ -59,6 +59,8 @@ def _fold_one(bn: ir.Node) -> str | None:
         return "weights or statistics are not constants"
     if has_bias and (bias is None or not is_vector(bias, gamma.size)):
         return "the bias is not a constant vector"
+    if not (variance.astype(np.float64) + float_attribute(bn, "epsilon", 1e-5) > 0).all():
+        return "its variance is not positive"
     factor = gamma.astype(np.float64) / np.sqrt(variance.astype(np.float64) + float_attribute(bn, "epsilon", 1e-5))
     shape = [1] * weight.ndim
     shape[axis] = -1

@@ -31,7 +31,7 @@ from qcore.graph.traverse import (
     node_name,
     only_consumer,
 )
-from qcore.numerics.affine import Float, QParams, QScheme, channel_range, qparams_from_range, quantize_array
+from qcore.numerics.affine import TINY_SCALE, Float, QParams, QScheme, channel_range, qparams_from_range, quantize_array
 from qcore.numerics.stats import RangeRule, range_from_stats
 from qcore.target import TargetProfile
 
@@ -338,7 +338,9 @@ def weight_qparams(weight: Float, scheme: QScheme, bias: Float | None, input_sca
         return q
     magnitude = np.abs(bias.astype(np.float64)) if scheme.axis is not None else np.abs(bias.astype(np.float64)).max()
     dead = np.maximum(np.abs(low), np.abs(high)) == 0
-    smallest = magnitude / input_scale / (_INT32.max // 2)
+    smallest = (
+        np.maximum(magnitude / (_INT32.max // 2), TINY_SCALE) / input_scale
+    )  # the bias scale stays a normal float
     kept = magnitude / input_scale / _DEAD_CHANNEL_LEVELS
     scale = np.where(dead & (magnitude > 0), kept, np.maximum(q.scale, smallest))
     if scheme.power_of_two:

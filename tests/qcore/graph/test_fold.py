@@ -97,6 +97,14 @@ def test_what_cannot_be_folded_is_left_alone_with_the_reason(nodes, outputs, rea
     np.testing.assert_array_equal(run(serialize_model(rewrite.model), x), run(raw, x))
 
 
+def test_a_negative_variance_is_left_alone():
+    proto = batchnorm_after([helper.make_node("Conv", ["x", "w"], ["c"], name="a")], {"w": W})
+    variance = next(i for i in proto.graph.initializer if i.name == "va")
+    variance.CopyFrom(onnx.numpy_helper.from_array(np.array([1, -1, 1, 1], np.float32), "va"))
+    rewrite = fold_batchnorm(parse_model(proto.SerializeToString(), "m"))
+    assert [s.reason for s in rewrite.skipped] == ["its variance is not positive"]
+
+
 def test_gemm_and_transposed_convolution_fold_too():
     rng = np.random.default_rng(3)
     deconv = [helper.make_node("ConvTranspose", ["x", "w"], ["c"], name="a")]

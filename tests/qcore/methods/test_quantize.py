@@ -245,6 +245,14 @@ def test_a_classifier_that_ends_in_softmax_keeps_float_logits():
     assert [n.op_type for n in graph.node].count("QuantizeLinear") == 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_weights_too_small_for_a_scale_become_zero_without_noise():
+    tiny = np.full((3, 3), 1e-30, np.float32)
+    q = weight_qparams(tiny, QScheme(dtype="int8", symmetric=True, axis=0), np.ones(3, np.float32), np.float32(1e-20))
+    assert (q.scale * np.float32(1e-20) > 0).all()
+    assert np.isfinite(np.float32(1.0) / (q.scale * np.float32(1e-20))).all()
+
+
 @given(st.integers(0, 2**32 - 1), st.floats(1e-6, 1e3), st.booleans())
 def test_no_bias_saturates_and_dead_channels_keep_theirs(seed, input_scale, pow2):
     rng = np.random.default_rng(seed)
