@@ -248,12 +248,13 @@ def package(
     out: Path,
     family: str,
     version: str,
-    target: str = "host",
+    target: str | None = None,
     split: str = "evaluation",
 ) -> "Package":
     """Return the package written to `out`: the model, golden samples from `split`, and what a device must be.
 
     Raises:
+        PackageError: `target` is not the profile that the model was quantized for; None takes the model's own.
         GateRefused: the evidence is about another model or is not a pass. Its signature is checked by `publish`.
     """
     import tempfile
@@ -263,9 +264,8 @@ def package(
     from qcore.release.golden import compatibility, write_golden
     from qcore.release.manifest import Provenance
     from qcore.release.package import PackageSource, build_package
-    from qcore.target import load_target
 
-    _refuse_overwrite(out, model, evidence, target, data=data)
+    _refuse_overwrite(out, model, evidence, data=data)
     raw = read_model_bytes(model)
     decision = _claimed_pass(evidence, raw)
     with tempfile.TemporaryDirectory() as folder:
@@ -275,7 +275,7 @@ def package(
             version=version,
             model=model,
             golden=golden.path,
-            compat=compatibility(raw, load_target(target).name),
+            compat=compatibility(raw, target),
             inputs=golden.inputs,
             outputs=golden.outputs,
             golden_limits=golden.limits,

@@ -118,7 +118,9 @@ def package(
     out: opt.Out,
     family: opt.Family,
     version: opt.Version,
-    target: opt.Target = "host",
+    target: Annotated[
+        str | None, typer.Option(help="Target profile; default: the one that the model was quantized for.")
+    ] = None,
     split: opt.EvaluationSplit = "evaluation",
     as_json: opt.AsJson = False,
 ) -> None:

@@ -35,6 +35,7 @@ from qcore.numerics.affine import TINY_SCALE, Float, QParams, QScheme, channel_r
 from qcore.numerics.stats import RangeRule, range_from_stats
 from qcore.target import TargetProfile
 
+TARGET_KEY = "qcore.target"
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 ABSORBED = ("Relu", "Clip")
 FLOAT_TAIL = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Softmax", "LogSoftmax")
@@ -59,6 +60,8 @@ class QuantizeStep(Config):
 def quantize(model: ir.Model, step: QuantizeStep, target: TargetProfile, table: CalibrationTable) -> Rewrite:
     """Return `model` with integer weights and Q/DQ pairs for `target`; `changed` names the quantized nodes.
 
+    The profile's name is kept in the model's metadata (`TARGET_KEY`): it is part of the bytes that are measured.
+
     Raises:
         ModelError: the model is already quantized, or no node of it can be quantized for the target.
         CalibrationError: `exclude` names a node that does not exist.
@@ -78,6 +81,7 @@ def quantize(model: ir.Model, step: QuantizeStep, target: TargetProfile, table: 
         q = params[str(value.name)]
         insert_activation_qdq(out.graph, _without_absorbed(value, q), q)
     drop_unused_initializers(out.graph)
+    out.metadata_props[TARGET_KEY] = target.name
     return Rewrite(model=out, changed=tuple(node_name(n) for n in plan.nodes), skipped=tuple(plan.skipped))
 
 

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from qcore.data.dataset import Dataset, batches
+from qcore.errors import PackageError
 from qcore.evaluation import golden_samples
 from qcore.graph.io import parse_model
+from qcore.methods.quantize import TARGET_KEY
 from qcore.release.manifest import Compatibility, Golden, TensorInfo
 from qcore.runtime import ort
+from qcore.target import load_target
 
 MAX_SAMPLES, MIN_SAMPLES = 8, 2
 SHARE = 10
@@ -56,10 +59,25 @@ def write_golden(model: bytes, dataset: Dataset, path: Path) -> GoldenFile:
     )
 
 
-def compatibility(model: bytes, hardware: str) -> Compatibility:
-    """Return what a device must be: of the hardware class, with at least the runtime that measured the model."""
+def compatibility(model: bytes, target: str | None) -> Compatibility:
+    """Return what a device must be: of the target's hardware class, with at least the runtime that measured the model.
+
+    Args:
+        model: the bytes of the ONNX file, which name the profile they were quantized for.
+        target: profile name or file; None: the model's own, or that of this machine for a model that names none.
+
+    Raises:
+        PackageError: `target` is not what the model was quantized for.
+    """
+    made_for = parse_model(model, "model").metadata_props.get(TARGET_KEY)
+    named = load_target(target).name if target is not None else made_for or load_target("host").name
+    if made_for not in (None, named):
+        raise PackageError(
+            f"the model was quantized for {made_for}, the package is to be for {named}; leave the target out, or "
+            "quantize, evaluate and gate for it"
+        )
     return Compatibility(
-        hardware=(hardware,),
+        hardware=(named,),
         onnxruntime=".".join(ort.runtime_version().split(".")[:2]),
         opset=parse_model(model, "model").opset_imports[""],
         providers=("CPUExecutionProvider",),

@@ -12,7 +12,7 @@ import pytest
 from models import conv_net, save, write_data
 
 from qcore import steps
-from qcore.errors import CalibrationError, ConfigError, DataError, GateRefused, ModelError
+from qcore.errors import CalibrationError, ConfigError, DataError, GateRefused, ModelError, PackageError
 from qcore.files import sha256_file
 from qcore.release.keys import create_keys
 
@@ -97,6 +97,27 @@ def test_evaluate_then_gate_then_package_holds_one_digest(inputs, tmp_path):
     with pytest.raises(GateRefused, match="the evidence is about model"):
         steps.package(**{**arguments, "model": model}, out=tmp_path / "c.qpkg")
     assert not (tmp_path / "c.qpkg").exists()
+
+
+def test_a_package_names_the_target_that_the_model_was_quantized_for(inputs, tmp_path):
+    model, card = inputs
+    keys = create_keys(tmp_path / "keys", ["stable"])
+    (tmp_path / "p.yaml").write_text("output_sqnr_db: -300\n")
+    steps.compress(model=model, data=card, out=tmp_path / "q.onnx", target="arm-dotprod")
+    steps.evaluate(candidate=tmp_path / "q.onnx", baseline=model, data=card, out=tmp_path / "r.json")
+    gate = {"key": keys.folder / "gate.pem", "policy": tmp_path / "p.yaml"}
+    steps.gate(report=tmp_path / "r.json", out=tmp_path / "e.json", **gate)
+    arguments = {
+        "model": tmp_path / "q.onnx",
+        "data": card,
+        "evidence": tmp_path / "e.json",
+        "family": "f",
+        "version": "1",
+    }
+    assert steps.package(**arguments, out=tmp_path / "a.qpkg").manifest.compat.hardware == ("arm-dotprod",)
+    with pytest.raises(PackageError, match="quantized for arm-dotprod, the package is to be for x86-vnni"):
+        steps.package(**arguments, target="x86-vnni", out=tmp_path / "b.qpkg")
+    assert not (tmp_path / "b.qpkg").exists()
 
 
 def test_a_failed_gate_is_not_packaged(inputs, tmp_path):
