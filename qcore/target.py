@@ -1,6 +1,7 @@
 """Target profiles: what a device's integer kernels want from a quantized file."""
 
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +9,7 @@ from pydantic import Field
 
 from qcore.config import Config, load_config
 from qcore.errors import ConfigError
-from qcore.numerics.affine import QScheme
+from qcore.numerics.affine import QScheme, container_bits
 
 PROFILES = Path(__file__).with_name("targets")
 
@@ -18,36 +19,62 @@ class TargetProfile(Config):
 
     `weights` is the dtype of dense weights, `depthwise_weights` that of depthwise convolutions where it differs;
     both are symmetric (uint8 has zero point 128 and the same levels). `weight_bits` below 8 keeps the storage and
-    uses fewer levels. `bias` says whether
-    biases become int32 with scale = activation scale x weight scale, or stay float. `quantize` lists the op types
-    that have integer kernels on the device; all others stay float.
+    uses fewer levels; `reduce_range` leaves out one bit of weights where sums of two products saturate in 16 bits;
+    `weights: int4` stores two weights in a byte. `bias` says whether biases become int32 with scale = activation scale
+    x weight scale, or stay float.
+
+    `quantize` lists the op types that work on integers with scales of their own, `same_scale` those that move values
+    and keep the scale of their input, `one_scale` those of `quantize` that want one scale for all inputs and the
+    output; all others stay float, which `integer_only` forbids. `float_output` keeps the logits of a last Gemm or
+    MatMul as float. `integer_io` makes the graph's own inputs and outputs integers. `int16_activations` says that
+    single nodes may have 16-bit activations. `opset` is the version that the file must have; None keeps the model's.
     """
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
     description: str
-    activations: Literal["uint8", "int8"]
+    activations: Literal["uint8", "int8", "uint16", "int16"]
     activations_symmetric: bool = False
-    weights: Literal["int8", "uint8"] = "int8"
+    int16_activations: bool = False
+    weights: Literal["int8", "uint8", "int4"] = "int8"
     depthwise_weights: Literal["int8", "uint8"] | None = None
     weights_per_channel: bool = True
     weight_bits: int = Field(default=8, ge=2, le=8)
+    reduce_range: bool = False
     power_of_two_scales: bool = False
     bias: Literal["int32", "float"] = "int32"
     float_output: bool = True
+    integer_io: bool = False
+    integer_only: bool = False
+    opset: int | None = Field(default=None, ge=13, le=25)
     quantize: tuple[str, ...]
     same_scale: tuple[str, ...] = ()
+    one_scale: tuple[str, ...] = ()
+
+    @property
+    def wide_activations(self) -> Literal["uint16", "int16"]:
+        """The dtype of 16-bit activations: signed where the 8-bit ones are."""
+        return "int16" if self.activations.startswith("int") else "uint16"
 
     def activation_scheme(self) -> QScheme:
-        """Return how activations are quantized: per tensor, 8 bits."""
+        """Return how activations are quantized: per tensor, all levels of the dtype."""
         return QScheme(
             dtype=self.activations, symmetric=self.activations_symmetric, power_of_two=self.power_of_two_scales
         )
 
+    def wide_scheme(self) -> QScheme:
+        """Return how activations of 16 bits are quantized."""
+        return replace(self.activation_scheme(), dtype=self.wide_activations)
+
     def weight_scheme(self, axis: int, *, depthwise: bool = False, bits: int | None = None) -> QScheme:
-        """Return how weights are quantized: symmetric, per channel along `axis` where the device can."""
+        """Return how weights are quantized: symmetric, per channel along `axis` where the device can.
+
+        `bits` takes the place of the profile's, as far as dtype and `reduce_range` allow.
+        """
+        dtype = self.depthwise_weights or self.weights if depthwise else self.weights
+        limit = container_bits(dtype) - self.reduce_range
         return QScheme(
-            dtype=self.depthwise_weights or self.weights if depthwise else self.weights,
-            bits=bits or self.weight_bits,
+            dtype=dtype,
+            bits=min(bits or self.weight_bits, limit),
             symmetric=True,
             axis=axis if self.weights_per_channel else None,
             power_of_two=self.power_of_two_scales,

@@ -36,7 +36,9 @@ def fresh_name(graph: ir.Graph, wanted: str) -> str:
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
     """Return a new initializer of `graph`; `name` gets a number appended if it is taken."""
     unique = fresh_name(graph, name)
-    tensor = ir.tensor(np.array(array, order="C"), name=unique)  # ascontiguousarray would make a scalar a vector
+    # ir.tensor would ask typing whether the array is one, which costs more than all the rest; ascontiguousarray would
+    # make a scalar a vector.
+    tensor = ir.Tensor(np.array(array, order="C"), name=unique)
     value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

@@ -7,6 +7,7 @@ external files would not be covered by the digest that the gate signs, so they a
 from pathlib import Path
 
 import onnx
+import onnx.version_converter
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
@@ -49,6 +50,15 @@ def read_model_bytes(path: Path) -> bytes:
 
 def parse_model(data: bytes, name: str) -> ir.Model:
     """Return the model in `data`; `name` is what messages call it. Raises as `load_model`."""
+    return ir.serde.deserialize_model(_checked(data, name))
+
+
+def check_model(data: bytes, name: str) -> None:
+    """Return if `parse_model` would take `data`, without building the model. Raises as `load_model`."""
+    _checked(data, name)
+
+
+def _checked(data: bytes, name: str) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
@@ -75,7 +85,30 @@ def parse_model(data: bytes, name: str) -> ir.Model:
     except onnx.checker.ValidationError as e:
         reason = str(e).strip().splitlines()[0]
         raise ModelError(f"{name} is not a valid ONNX model: {reason}; export it again") from e
-    return ir.serde.deserialize_model(proto)
+    return proto
+
+
+def convert_opset(model: ir.Model, opset: int) -> ir.Model:
+    """Return `model` with the operators of version `opset` of the ONNX domain; the argument is not changed.
+
+    Raises:
+        ModelError: onnx.version_converter cannot convert it.
+    """
+    found = model.opset_imports.get("", 0)
+    if found == opset:
+        return model
+    try:
+        proto = onnx.version_converter.convert_version(ir.serde.serialize_model(model), opset)
+        onnx.checker.check_model(proto)
+    except (onnx.version_converter.ConvertError, onnx.checker.ValidationError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise ModelError(
+            f"the model uses opset {found} and cannot be converted to {opset}, which the target wants: {reason}; "
+            f"export it with opset {opset}"
+        ) from e
+    converted = ir.serde.deserialize_model(proto)
+    converted.metadata_props.update(model.metadata_props)
+    return converted
 
 
 def serialize_model(model: ir.Model) -> bytes:

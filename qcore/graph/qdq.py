@@ -1,39 +1,53 @@
 """Where QuantizeLinear / DequantizeLinear pairs go and what they are called; ranges arrive as arguments.
 
 The written form is QDQ (ONNX opset 13): every runtime that knows it fuses `DQ -> op -> Q` into its integer kernel,
-and one that does not computes the same numbers in float.
+and one that does not computes the same numbers in float. Integers of 16 and 4 bits came with opset 21; in older models
+they are written with the operators of the same name of the domain com.microsoft, which ONNX Runtime has had since
+1.16 (refused by it: the standard operators with such types below opset 21; taken: both forms from opset 21 on).
 """
+
+from collections.abc import Container
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcore.graph.edit import add_initializer, fresh_name
-from qcore.numerics.affine import QParams
+from qcore.numerics.affine import Integers, QParams
+
+CONTRIB = "com.microsoft"
+STANDARD_16_AND_4_BITS = 21
 
 
-def insert_activation_qdq(graph: ir.Graph, value: ir.Value, q: QParams) -> ir.Value:
-    """Put `Q -> DQ` behind `value` and let all its readers read the result, which is returned.
+def insert_activation_qdq(
+    graph: ir.Graph, value: ir.Value, q: QParams, readers: Container[ir.Node] | None = None
+) -> ir.Value:
+    """Put `Q -> DQ` behind `value` and let its readers read the result, which is returned.
 
-    If `value` is a graph output, the result takes over its name, and `value` is renamed `<name>_float`; a graph input
-    that is also an output stays both.
+    If `value` is a graph output and all readers are meant, the result takes over its name, and `value` is renamed
+    `<name>_float`; a graph input that is also an output stays both.
 
     Args:
         graph: the graph that owns `value`; edited.
         value: a float tensor.
-        q: per-tensor parameters of dtype uint8 or int8.
+        q: per-tensor parameters of dtype uint8, int8, uint16 or int16.
+        readers: the nodes that shall read the result; None for all and the graph's caller.
     """
     name = str(value.name)
     scale, zero = _parameters(graph, name, q)
-    quantize = ir.node("QuantizeLinear", [value, scale, zero], name=fresh_name(graph, f"{name}_quantize"))
+    domain = _domain(graph, q)
+    quantize = ir.node("QuantizeLinear", [value, scale, zero], domain=domain, name=fresh_name(graph, f"{name}_quantize"))
     dequantize = ir.node(
-        "DequantizeLinear", [quantize.outputs[0], scale, zero], name=fresh_name(graph, f"{name}_dequantize")
+        "DequantizeLinear",
+        [quantize.outputs[0], scale, zero],
+        domain=domain,
+        name=fresh_name(graph, f"{name}_dequantize"),
     )
     result = dequantize.outputs[0]
     result.type, result.shape = value.type, value.shape
-    was_output = value.is_graph_output() and not value.is_graph_input()
+    was_output = readers is None and value.is_graph_output() and not value.is_graph_input()
     for node, index in list(value.uses()):
-        if node is not quantize:
+        if node is not quantize and (readers is None or node in readers):
             node.replace_input_with(index, result)
     if was_output:
         value.name = fresh_name(graph, f"{name}_float")
@@ -44,16 +58,13 @@ def insert_activation_qdq(graph: ir.Graph, value: ir.Value, q: QParams) -> ir.Va
     result.name = name if was_output else fresh_name(graph, f"{name}_dequantized")
     producer = value.producer()
     if producer is None:
-        first = next(iter(graph))
-        graph.insert_before(first, [quantize, dequantize])
+        graph.insert_before(graph[0], [quantize, dequantize])
     else:
         graph.insert_after(producer, [quantize, dequantize])
     return result
 
 
-def dequantized_initializer(
-    graph: ir.Graph, name: str, integers: NDArray[np.signedinteger | np.unsignedinteger], q: QParams
-) -> ir.Value:
+def dequantized_initializer(graph: ir.Graph, name: str, integers: Integers, q: QParams) -> ir.Value:
     """Return a float value that DQ computes from a new integer initializer `<name>_quantized`.
 
     Args:
@@ -62,20 +73,48 @@ def dequantized_initializer(
         integers: the constant, quantized with `q`.
         q: parameters; `q.axis` is the channel axis of `integers` or None. For int32 no zero point is written.
     """
-    stored = add_initializer(graph, f"{name}_quantized", integers)
+    stored = add_initializer(graph, f"{name}_quantized", _stored(integers, q))
     scale, zero = _parameters(graph, name, q)
     inputs = [stored, scale] if zero is None else [stored, scale, zero]
     attributes = {} if q.axis is None else {"axis": q.axis}
-    node = ir.node("DequantizeLinear", inputs, attributes, name=fresh_name(graph, f"{name}_dequantize"))
+    node = ir.node(
+        "DequantizeLinear",
+        inputs,
+        attributes,
+        domain=_domain(graph, q),
+        name=fresh_name(graph, f"{name}_dequantize"),
+    )
     result = node.outputs[0]
     result.name = fresh_name(graph, f"{name}_dequantized")
     result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(integers.shape)
-    graph.insert_before(next(iter(graph)), node)
+    graph.insert_before(graph[0], node)
     return result
+
+
+def is_quantize(node: ir.Node | None) -> bool:
+    """Say whether `node` is a QuantizeLinear of either domain."""
+    return node is not None and node.op_type == "QuantizeLinear"
+
+
+def is_dequantize(node: ir.Node | None) -> bool:
+    """Say whether `node` is a DequantizeLinear of either domain."""
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _domain(graph: ir.Graph, q: QParams) -> str:
+    if q.dtype not in ("uint16", "int16", "int4") or graph.opset_imports.get("", 0) >= STANDARD_16_AND_4_BITS:
+        return ""
+    graph.opset_imports.setdefault(CONTRIB, 1)
+    return CONTRIB
+
+
+def _stored(integers: Integers, q: QParams) -> NDArray[np.generic]:
+    return integers.astype(ir.DataType.INT4.numpy()) if q.dtype == "int4" else integers
 
 
 def _parameters(graph: ir.Graph, name: str, q: QParams) -> tuple[ir.Value, ir.Value | None]:
     scale = add_initializer(graph, f"{name}_scale", q.scale)
     if q.dtype == "int32":
         return scale, None
-    return scale, add_initializer(graph, f"{name}_zero_point", q.zero_point.astype(q.dtype))
+    zero = q.zero_point.astype("int8" if q.dtype == "int4" else q.dtype)
+    return scale, add_initializer(graph, f"{name}_zero_point", _stored(zero, q))

@@ -1,8 +1,8 @@
-"""Static quantization: integer weights, integer activations, int32 biases, written as QDQ.
+"""Static quantization: integer weights, integer activations, int32 biases, written as QDQ or as integer operators.
 
-Which tensors get a Q/DQ pair follows from which nodes the target runs on integers: their inputs and outputs, except
-where a Relu or Clip behind a node is absorbed by the saturation of its Q. Ranges come from a calibration table;
-nothing here runs the model.
+Which tensors get a Q/DQ pair follows from which nodes the target runs on integers (`placement.py`): their inputs and
+outputs, except where a Relu or Clip behind a node is absorbed by the saturation of its Q. Ranges come from a
+calibration table; nothing here runs the model.
 
 Source: Jacob et al. 2018 (arXiv 1712.05877); Krishnamoorthi 2018 (arXiv 1806.08342) section 3 for per-channel
 weights; ONNX QuantizeLinear-13 and DequantizeLinear-13.
@@ -21,24 +21,41 @@ from qcore.calibration import CalibrationTable
 from qcore.config import Config
 from qcore.errors import CalibrationError, ModelError
 from qcore.graph.edit import drop_unused_initializers, editable_copy, remove_in_favour_of
+from qcore.graph.half import compute_in_half
+from qcore.graph.integer_io import to_integer_io
+from qcore.graph.io import convert_opset
 from qcore.graph.qdq import dequantized_initializer, insert_activation_qdq
+from qcore.graph.qoperator import to_qoperator
 from qcore.graph.rewrite import Rewrite, Skipped
-from qcore.graph.traverse import (
-    constant_array,
-    float_attribute,
-    int_attribute,
-    is_vector,
-    node_name,
-    only_consumer,
+from qcore.graph.traverse import constant_array, int_attribute, node_name
+from qcore.numerics.affine import (
+    TINY_SCALE,
+    Float,
+    QParams,
+    QScheme,
+    channel_range,
+    container_bits,
+    qparams_from_range,
+    quantize_array,
 )
-from qcore.numerics.affine import TINY_SCALE, Float, QParams, QScheme, channel_range, qparams_from_range, quantize_array
 from qcore.numerics.stats import RangeRule, range_from_stats
+from qcore.placement import (
+    ABSORBED,
+    Choice,
+    Placement,
+    absorbing,
+    bias_of,
+    carrier,
+    channel_axis,
+    data_inputs,
+    data_outputs,
+    place,
+    root,
+    weight_index,
+)
 from qcore.target import TargetProfile
 
 TARGET_KEY = "qcore.target"
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-ABSORBED = ("Relu", "Clip")
-FLOAT_TAIL = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Softmax", "LogSoftmax")
 _INT32 = np.iinfo(np.int32)
 _DEAD_CHANNEL_LEVELS = 1 << 20  # how finely the bias of a channel without weights is kept
 
@@ -47,7 +64,9 @@ class QuantizeStep(Config):
     """Options of the recipe step `quantize`.
 
     `ranges` and `percentile` choose how activation ranges are read from the table; `weight_bits` overrides the
-    target's; `exclude` names nodes that stay float.
+    target's; `exclude` names nodes that stay float. `precision` says of single nodes, by name, what they run in
+    instead: "int16" (16-bit activations in and out, converted between), "float16" (computed between Casts) or
+    "float". `form` is how integers are written: "qdq", or "qoperator" for runtimes that want QLinearConv and the like.
     """
 
     method: Literal["quantize"] = "quantize"
@@ -55,34 +74,45 @@ class QuantizeStep(Config):
     percentile: float = Field(default=99.99, gt=50, le=100)
     weight_bits: int | None = Field(default=None, ge=2, le=8)
     exclude: tuple[str, ...] = ()
+    precision: dict[str, Literal["int16", "float16", "float"]] = Field(default_factory=dict)
+    form: Literal["qdq", "qoperator"] = "qdq"
+
+    def nodes_in(self, precision: Literal["int16", "float16", "float"]) -> frozenset[str]:
+        """Return the names of the nodes that run in `precision`; "float" includes `exclude`."""
+        named = frozenset(name for name, kind in self.precision.items() if kind == precision)
+        return named | frozenset(self.exclude) if precision == "float" else named
 
 
 def quantize(model: ir.Model, step: QuantizeStep, target: TargetProfile, table: CalibrationTable) -> Rewrite:
-    """Return `model` with integer weights and Q/DQ pairs for `target`; `changed` names the quantized nodes.
+    """Return `model` with integer weights and activations for `target`; `changed` names the quantized nodes.
 
     The profile's name is kept in the model's metadata (`TARGET_KEY`): it is part of the bytes that are measured.
 
     Raises:
-        ModelError: the model is already quantized, or no node of it can be quantized for the target.
-        CalibrationError: `exclude` names a node that does not exist.
+        ModelError: the model is already quantized, no node of it can be quantized for the target, or the target's
+            opset or the form cannot hold it.
+        CalibrationError: `exclude` or `precision` names a node that does not exist.
     """
-    out = editable_copy(model)
+    out = editable_copy(model if target.opset is None else convert_opset(model, target.opset))
     _check_quantizable(out, step)
-    plan = _plan(out.graph, step, target, table)
-    if not plan.nodes:
-        reasons = sorted({s.reason for s in plan.skipped}) or ["it has no nodes"]
+    choice = Choice(floating=step.nodes_in("float") | step.nodes_in("float16"), wide=step.nodes_in("int16"))
+    placement = place(out.graph, target, choice, table.stats.keys())
+    if not placement.nodes:
+        reasons = sorted({s.reason for s in placement.skipped}) or ["it has no nodes"]
         raise ModelError(f"no node can be quantized for {target.name}: {'; '.join(reasons[:3])}")
-    params = _activation_params(out.graph, plan, step, target, table)
-    for node in plan.nodes:
-        if node.op_type in WEIGHTED:
-            _quantize_weights(out.graph, node, params, target, step.weight_bits)
-        _quantize_constant_operands(out.graph, node, target)
-    for value in plan.tensors:
-        q = params[str(value.name)]
-        insert_activation_qdq(out.graph, _without_absorbed(value, q), q)
+    scales = _scales(placement, choice, step, target, table)
+    changed, skipped = tuple(node_name(n) for n in placement.nodes), list(placement.skipped)
+    _quantize_constants(out.graph, placement, scales, target, step.weight_bits)
+    _insert_pairs(out.graph, placement, scales)
+    skipped = [s for s in skipped if s.node not in step.nodes_in("float16")] + _halve(out.graph, step)
+    if target.integer_io:
+        to_integer_io(out)
     drop_unused_initializers(out.graph)
     out.metadata_props[TARGET_KEY] = target.name
-    return Rewrite(model=out, changed=tuple(node_name(n) for n in plan.nodes), skipped=tuple(plan.skipped))
+    if step.form == "qoperator":
+        written = to_qoperator(out)
+        out, skipped = written.model, [*skipped, *written.skipped]
+    return Rewrite(model=out, changed=changed, skipped=tuple(skipped))
 
 
 def tensors_to_calibrate(model: ir.Model) -> tuple[str, ...]:
@@ -93,116 +123,171 @@ def tensors_to_calibrate(model: ir.Model) -> tuple[str, ...]:
     graph = editable_copy(model).graph
     names = [str(v.name) for v in graph.inputs]
     for node in graph:
-        absorbed = [o for o in node.outputs if _absorbing(o) is not None]
+        absorbed = [o for o in node.outputs if absorbing(o) is not None]
         names += [str(o.name) for o in node.outputs if o.name and o not in absorbed]
     return tuple(dict.fromkeys(names))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Plan:
-    """The nodes that run on integers, the tensors between them in graph order, and what was left out."""
-
-    nodes: list[ir.Node]
-    tensors: list[ir.Value]
-    skipped: list[Skipped]
-
-
 def _check_quantizable(model: ir.Model, step: QuantizeStep) -> None:
     names = {node_name(n) for n in model.graph}
-    for name in step.exclude:
-        if name not in names:
-            raise CalibrationError(
-                f"exclude names node {name!r}, which does not exist; names are those of the model file"
-            )
+    for option, named in (("exclude", step.exclude), ("precision", step.precision)):
+        for name in named:
+            if name not in names:
+                raise CalibrationError(
+                    f"{option} names node {name!r}, which does not exist; names are those of the model file"
+                )
     for node in model.graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             raise ModelError(f"the model is already quantized (node {node_name(node)}); pass the float model")
 
 
-def _plan(graph: ir.Graph, step: QuantizeStep, target: TargetProfile, table: CalibrationTable) -> _Plan:
-    nodes: list[ir.Node] = []
-    skipped: list[Skipped] = []
-    wanted: set[ir.Value] = set()
-    for node in graph:
-        if node.op_type in (*ABSORBED, *target.same_scale, "Constant"):
-            continue
-        reason = _refusal(node, step, target, table)
-        if reason is not None:
-            skipped.append(Skipped(node=node_name(node), op_type=node.op_type, reason=reason))
-            continue
-        nodes.append(node)
-        wanted.update(v for v in node.inputs if v is not None and _is_activation(v))
-        if not _keeps_float_output(node, target):
-            wanted.add(_carrier(node.outputs[0]))
-    _reach_back(graph, wanted, target, table)
-    order = [*graph.inputs, *(o for node in graph for o in node.outputs)]
-    return _Plan(nodes=nodes, tensors=[v for v in order if v in wanted], skipped=skipped)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Formats:
+    """The parameters of the tensors of one group, and which are used where the tensor is made."""
+
+    narrow: QParams
+    wide: QParams
+    made_wide: bool
+
+    def of(self, wide: bool) -> QParams:
+        return self.wide if wide else self.narrow
 
 
-def _refusal(node: ir.Node, step: QuantizeStep, target: TargetProfile, table: CalibrationTable) -> str | None:
-    """Return why `node` stays float, or None."""
-    if node.op_type not in target.quantize or node.domain != "":
-        return f"{target.name} has no integer kernel for {node.op_type}"
-    if node_name(node) in step.exclude:
-        return "excluded by the recipe"
-    if any(a is not None and not _is_finite(a) for a in map(constant_array, node.inputs)):
-        return "a constant of it holds NaN or infinity"
-    if node.op_type in WEIGHTED and (reason := _weight_refusal(node)) is not None:
-        return reason
-    needed = [v for v in node.inputs if _is_activation(v)]
-    if not _keeps_float_output(node, target):
-        needed.append(_carrier(node.outputs[0]))
-    missing = [v.name for v in needed if v is not None and _measured(v, target).name not in table.stats]
-    return f"the calibration table has no float tensor {missing[0]}" if missing else None
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scales:
+    """The formats of every planned tensor, and which nodes want 16 bits."""
+
+    formats: Mapping[ir.Value, _Formats]
+    wide: frozenset[ir.Node]
+
+    def where_made(self, value: ir.Value) -> QParams:
+        found = self.formats[value]
+        return found.of(found.made_wide)
+
+    def read_by(self, node: ir.Node, value: ir.Value) -> QParams:
+        return self.formats[value].of(node in self.wide)
 
 
-def _measured(value: ir.Value, target: TargetProfile) -> ir.Value:
-    """Return the tensor whose statistics hold for `value`: same-scale nodes only move values."""
-    node = value.producer()
-    while node is not None and node.op_type in target.same_scale and node.inputs[0] is not None:
-        value = node.inputs[0]
-        node = value.producer()
-    return value
+def _scales(
+    placement: Placement, choice: Choice, step: QuantizeStep, target: TargetProfile, table: CalibrationTable
+) -> _Scales:
+    """Return the parameters of every planned tensor, one set for all tensors of a group.
+
+    A tensor has 16 bits where the node that makes it has, or, where no planned node makes it, if all its planned
+    readers want 16.
+    """
+    wide = frozenset(n for n in placement.nodes if node_name(n) in choice.wide)
+    made_wide: dict[ir.Value, list[bool]] = {}
+    read_wide: dict[ir.Value, list[bool]] = {}
+    for node in placement.nodes:
+        for output in map(carrier, data_outputs(node)):
+            made_wide.setdefault(placement.group.get(output, output), []).append(node in wide)
+        for value in (node.inputs[i] for i in data_inputs(node)):
+            if value is not None:
+                read_wide.setdefault(placement.group.get(value, value), []).append(node in wide)
+    members: dict[ir.Value, list[ir.Value]] = {}
+    for value, first in placement.group.items():
+        members.setdefault(first, []).append(value)
+    by_group = {}
+    for first, values in members.items():
+        low, high = _range(values, step, target, table)
+        is_wide = any(made_wide[first]) if first in made_wide else all(read_wide.get(first, [False]))
+        by_group[first] = _Formats(
+            narrow=qparams_from_range(low, high, target.activation_scheme()),
+            wide=qparams_from_range(low, high, target.wide_scheme()),
+            made_wide=is_wide,
+        )
+    return _Scales(formats={value: by_group[first] for value, first in placement.group.items()}, wide=wide)
 
 
-def _weight_refusal(node: ir.Node) -> str | None:
-    if not _is_activation(node.inputs[0]):
-        return "its first input is a constant"
-    weight, bias = constant_array(node.inputs[1]), _bias(node)
-    if node.op_type == "MatMul" and weight is None:
-        return None  # two activations
-    if weight is None or weight.dtype != np.float32:
-        return "its weights are not float32 constants"
-    if bias is not None and (array := constant_array(bias)) is None:
-        return "its bias is not a constant"
-    if bias is not None and array is not None and not is_vector(array, weight.shape[_channel_axis(node, weight.ndim)]):
-        return "its bias is not one value per output channel"
-    plain = float_attribute(node, "alpha", 1.0) == 1.0 and float_attribute(node, "beta", 1.0) == 1.0
-    if node.op_type == "Gemm" and not (plain and int_attribute(node, "transA", 0) == 0):
-        return "Gemm with alpha, beta or transA"
-    return None
+def _range(
+    values: list[ir.Value], step: QuantizeStep, target: TargetProfile, table: CalibrationTable
+) -> tuple[Float, Float]:
+    """Return the range that holds every tensor of a group; what a node only moved says nothing new."""
+    rule = RangeRule(kind=step.ranges, percentile=step.percentile)
+    ranges = []
+    for value in values:
+        array = constant_array(value)
+        if array is not None:
+            ranges.append((float(array.min()), float(array.max())))
+        elif (source := root(value, target)) is value or source not in values:
+            ranges.append(range_from_stats(table.stats[str(source.name)], rule))
+    lows, highs = zip(*ranges, strict=True)
+    return np.asarray(min(lows)), np.asarray(max(highs))
 
 
-def _is_finite(array: NDArray[np.generic]) -> bool:
-    return not np.issubdtype(array.dtype, np.floating) or bool(np.isfinite(array).all())
+def _quantize_constants(
+    graph: ir.Graph, placement: Placement, scales: _Scales, target: TargetProfile, bits: int | None
+) -> None:
+    """Put integers and a DQ in place of every weight, bias and constant operand of the planned nodes."""
+    for node in placement.nodes:
+        if weight_index(node) is not None and node.inputs[0] is not None:
+            input_scale = scales.read_by(node, node.inputs[0]).scale
+            _quantize_weights(graph, node, input_scale, target, bits)
+        for index in data_inputs(node):
+            _quantize_operand(graph, node, index, scales, target)
+    for node in placement.movers:
+        _quantize_operand(graph, node, 0, scales, target)
 
 
-def _is_activation(value: ir.Value | None) -> bool:
-    return value is not None and constant_array(value) is None
+def _quantize_operand(
+    graph: ir.Graph, node: ir.Node, index: int, scales: _Scales, target: TargetProfile
+) -> None:
+    """Quantize a constant operand of Add, Mul, Concat ... like an activation: one scale, the activation dtype."""
+    value = node.inputs[index]
+    array = constant_array(value)
+    if value is None or array is None:
+        return
+    if value in scales.formats:
+        q = scales.read_by(node, value)
+    else:
+        scheme = target.wide_scheme() if node in scales.wide else target.activation_scheme()
+        q = qparams_from_range(np.asarray(array.min()), np.asarray(array.max()), scheme)
+    node.replace_input_with(index, dequantized_initializer(graph, str(value.name), quantize_array(array, q), q))
 
 
-def _absorbing(value: ir.Value) -> ir.Node | None:
-    """Return the Relu or Clip that alone reads `value` as its data, or None."""
-    reader = only_consumer(value)
-    if reader is None or reader.op_type not in ABSORBED or reader.inputs[0] is not value or reader.domain != "":
-        return None
-    return reader if all(constant_array(v) is not None for v in reader.inputs[1:] if v is not None) else None
+def _quantize_weights(
+    graph: ir.Graph, node: ir.Node, input_scale: NDArray[np.float32], target: TargetProfile, bits: int | None
+) -> None:
+    weight_value, bias_value = node.inputs[1], bias_of(node)
+    weight, bias = constant_array(weight_value), constant_array(bias_value)
+    assert weight is not None and weight_value is not None  # noqa: S101, PT018 - the placement has looked
+    axis = channel_axis(node, weight.ndim)
+    depthwise = node.op_type == "Conv" and int_attribute(node, "group", 1) > 1 and weight.shape[1] == 1
+    scheme = target.weight_scheme(axis or 0, depthwise=depthwise, bits=bits)
+    if axis is None:
+        scheme = replace(scheme, axis=None)
+    q = weight_qparams(weight, scheme, None if bias is None else bias.reshape(-1), input_scale)
+    node.replace_input_with(1, dequantized_initializer(graph, str(weight_value.name), quantize_array(weight, q), q))
+    if bias is None or bias_value is None or target.bias != "int32":
+        return
+    bias_scale = (q.scale * input_scale).astype(np.float32)
+    integers = np.rint(bias.reshape(-1).astype(np.float64) / bias_scale)
+    integers = np.clip(integers, _INT32.min, _INT32.max).astype(np.int32)
+    q_bias = QParams(
+        scale=bias_scale,
+        zero_point=np.zeros((), np.int32),
+        dtype="int32",
+        qmin=_INT32.min,
+        qmax=_INT32.max,
+        axis=0 if bias_scale.ndim else None,
+    )
+    node.replace_input_with(2, dequantized_initializer(graph, str(bias_value.name), integers, q_bias))
 
 
-def _carrier(value: ir.Value) -> ir.Value:
-    """Return the tensor whose Q/DQ pair stands for `value`: behind an absorbed Relu or Clip, else itself."""
-    reader = _absorbing(value)
-    return value if reader is None else reader.outputs[0]
+def _insert_pairs(graph: ir.Graph, placement: Placement, scales: _Scales) -> None:
+    """Put a Q/DQ pair behind every planned tensor, and a second one for readers of the other width."""
+    readers: dict[ir.Value, list[ir.Node]] = {}
+    for node in placement.nodes:
+        for value in (node.inputs[i] for i in data_inputs(node)):
+            if value is not None:
+                readers.setdefault(value, []).append(node)
+    for value in placement.tensors:
+        q = scales.where_made(value)
+        others = [n for n in readers.get(value, []) if scales.read_by(n, value) is not q]
+        result = insert_activation_qdq(graph, _without_absorbed(value, q), q)
+        if others and container_bits(scales.formats[value].narrow.dtype) == 8:
+            insert_activation_qdq(graph, result, scales.read_by(others[0], value), others)
 
 
 def _without_absorbed(value: ir.Value, q: QParams) -> ir.Value:
@@ -215,7 +300,7 @@ def _without_absorbed(value: ir.Value, q: QParams) -> ir.Value:
     if node is None or node.op_type not in ABSORBED or node.inputs[0] is None:
         return value
     source = node.inputs[0]
-    if _absorbing(source) is not node or source.producer() is None:
+    if absorbing(source) is not node or source.producer() is None:
         return value
     low, high = _bounds(node)
     ends = quantize_array(np.array([low, high], np.float32), q)
@@ -237,92 +322,14 @@ def _bounds(node: ir.Node) -> tuple[float, float]:
     )
 
 
-def _keeps_float_output(node: ir.Node, target: TargetProfile) -> bool:
-    """Say whether `node` hands float logits to the caller: Gemm and MatMul kernels can do so for free."""
-    if not target.float_output or node.op_type not in ("Gemm", "MatMul"):
-        return False
-    value = node.outputs[0]
-    while not value.is_graph_output():
-        reader = only_consumer(value)
-        if reader is None or reader.op_type not in FLOAT_TAIL:
-            return False
-        value = reader.outputs[0]
-    return not value.uses()
-
-
-def _reach_back(graph: ir.Graph, wanted: set[ir.Value], target: TargetProfile, table: CalibrationTable) -> None:
-    """Add the inputs of same-scale nodes whose outputs are wanted, so that the data stay integers through them."""
-    for node in reversed(list(graph)):
-        if node.op_type in target.same_scale and node.outputs[0] in wanted:
-            source = node.inputs[0]
-            if source is not None and _is_activation(source) and _measured(source, target).name in table.stats:
-                wanted.add(source)
-
-
-def _activation_params(
-    graph: ir.Graph, plan: _Plan, step: QuantizeStep, target: TargetProfile, table: CalibrationTable
-) -> dict[str, QParams]:
-    """Return the parameters of every planned tensor; a same-scale node hands those of its input on."""
-    rule, scheme = RangeRule(kind=step.ranges, percentile=step.percentile), target.activation_scheme()
-    params: dict[str, QParams] = {}
-    producers = {node.outputs[0]: node for node in graph if node.op_type in target.same_scale}
-    for value in plan.tensors:
-        node = producers.get(value)
-        source = str(node.inputs[0].name) if node is not None and node.inputs[0] is not None else ""
-        name = str(value.name)
-        if source in params:
-            params[name] = params[source]
-        else:
-            low, high = range_from_stats(table.stats[str(_measured(value, target).name)], rule)
-            params[name] = qparams_from_range(np.asarray(low), np.asarray(high), scheme)
-    return params
-
-
-def _bias(node: ir.Node) -> ir.Value | None:
-    return node.inputs[2] if node.op_type != "MatMul" and len(node.inputs) > 2 else None
-
-
-def _channel_axis(node: ir.Node, ndim: int) -> int:
-    match node.op_type:
-        case "Conv":
-            return 0
-        case "ConvTranspose":
-            return 1
-        case "Gemm":
-            return 0 if int_attribute(node, "transB", 0) else 1
-        case _:
-            return ndim - 1
-
-
-def _quantize_weights(
-    graph: ir.Graph, node: ir.Node, params: Mapping[str, QParams], target: TargetProfile, bits: int | None
-) -> None:
-    weight_value, source = node.inputs[1], node.inputs[0]
-    weight = constant_array(weight_value)
-    if weight is None or weight_value is None or source is None:
-        return  # MatMul of two activations
-    bias_value = _bias(node)
-    bias = constant_array(bias_value)
-    depthwise = int_attribute(node, "group", 1) > 1 and weight.shape[1] == 1
-    scheme = target.weight_scheme(_channel_axis(node, weight.ndim), depthwise=depthwise, bits=bits)
-    if node.op_type == "MatMul" and weight.ndim != 2:
-        scheme = replace(scheme, axis=None)
-    input_scale = params[str(source.name)].scale
-    q = weight_qparams(weight, scheme, None if bias is None else bias.reshape(-1), input_scale)
-    node.replace_input_with(1, dequantized_initializer(graph, str(weight_value.name), quantize_array(weight, q), q))
-    if bias is not None and bias_value is not None and target.bias == "int32":
-        bias_scale = (q.scale * input_scale).astype(np.float32)
-        integers = np.rint(bias.reshape(-1).astype(np.float64) / bias_scale)
-        integers = np.clip(integers, _INT32.min, _INT32.max).astype(np.int32)
-        q_bias = QParams(
-            scale=bias_scale,
-            zero_point=np.zeros((), np.int32),
-            dtype="int32",
-            qmin=_INT32.min,
-            qmax=_INT32.max,
-            axis=0 if bias_scale.ndim else None,
-        )
-        node.replace_input_with(2, dequantized_initializer(graph, str(bias_value.name), integers, q_bias))
+def _halve(graph: ir.Graph, step: QuantizeStep) -> list[Skipped]:
+    """Let the nodes that the recipe names compute in float16; return those that cannot, which stay float32."""
+    skipped = []
+    for node in [n for n in graph if node_name(n) in step.nodes_in("float16")]:
+        reason = compute_in_half(graph, node)
+        if reason is not None:
+            skipped.append(Skipped(node=node_name(node), op_type=node.op_type, reason=reason))
+    return skipped
 
 
 def weight_qparams(weight: Float, scheme: QScheme, bias: Float | None, input_scale: NDArray[np.float32]) -> QParams:
@@ -350,15 +357,3 @@ def weight_qparams(weight: Float, scheme: QScheme, bias: Float | None, input_sca
     if scheme.power_of_two:
         scale = np.exp2(np.ceil(np.log2(scale)))
     return replace(q, scale=np.asarray(scale, np.float32))
-
-
-def _quantize_constant_operands(graph: ir.Graph, node: ir.Node, target: TargetProfile) -> None:
-    """Quantize the constant operands of Add, Mul, Concat ... like activations: one scale, the activation dtype."""
-    if node.op_type in WEIGHTED:
-        return
-    for index, value in enumerate(node.inputs):
-        array = constant_array(value)
-        if value is not None and array is not None and array.dtype == np.float32 and array.size:
-            q = qparams_from_range(np.asarray(array.min()), np.asarray(array.max()), target.activation_scheme())
-            result = dequantized_initializer(graph, str(value.name), quantize_array(array, q), q)
-            node.replace_input_with(index, result)

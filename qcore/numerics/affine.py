@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 Float = NDArray[np.floating]
 Integers = NDArray[np.signedinteger | np.unsignedinteger]
-IntDtype = Literal["uint8", "int8", "int32"]
+Levels = Literal["uint8", "int8", "uint16", "int16", "int4"]
+IntDtype = Literal["uint8", "int8", "uint16", "int16", "int4", "int32"]
 
 TINY_SCALE = float(np.finfo(np.float32).tiny)
 
@@ -21,28 +22,33 @@ TINY_SCALE = float(np.finfo(np.float32).tiny)
 class QScheme:
     """How a tensor is quantized.
 
-    `bits` may be less than the width of `dtype`: the values then use only `2**bits` levels of the container.
-    `symmetric` puts zero in the middle (zero point 0 for int8, 128 for uint8) and leaves out the lowest level, so
+    `bits` may be less than the width of `dtype`, which is the default: the values then use only `2**bits` levels of
+    the container. `symmetric` puts zero in the middle (zero point 0 for signed dtypes, 128 for uint8) and leaves out the lowest level, so
     that the range is its own mirror. `axis` is the channel axis of per-channel quantization, None for
     one scale per tensor. `power_of_two` rounds scales up to a power of two, so that nothing saturates that fitted.
     """
 
-    dtype: Literal["uint8", "int8"]
-    bits: int = 8
+    dtype: Levels
+    bits: int | None = None
     symmetric: bool = False
     axis: int | None = None
     power_of_two: bool = False
 
     def __post_init__(self) -> None:
-        """Hold 2 <= bits <= 8."""
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits is {self.bits}; allowed: 2 to 8")
+        """Hold 2 <= bits <= width of dtype."""
+        if not 2 <= self.width <= container_bits(self.dtype):
+            raise ValueError(f"bits is {self.bits}; allowed: 2 to {container_bits(self.dtype)} for {self.dtype}")
+
+    @property
+    def width(self) -> int:
+        """The bits that are used."""
+        return container_bits(self.dtype) if self.bits is None else self.bits
 
     @property
     def levels(self) -> tuple[int, int]:
         """The lowest and highest integer value."""
-        half = 1 << (self.bits - 1)
-        low, high = (-half, half - 1) if self.dtype == "int8" else (0, 2 * half - 1)
+        half = 1 << (self.width - 1)
+        low, high = (-half, half - 1) if self.dtype.startswith("int") else (0, 2 * half - 1)
         return (low + 1, high) if self.symmetric else (low, high)
 
 
@@ -59,6 +65,11 @@ class QParams:
     qmin: int
     qmax: int
     axis: int | None = None
+
+
+def container_bits(dtype: IntDtype) -> int:
+    """Return the width of an integer dtype in bits."""
+    return int(dtype.removeprefix("u").removeprefix("int"))
 
 
 def qparams_from_range(low: Float, high: Float, scheme: QScheme) -> QParams:
@@ -102,11 +113,16 @@ def qparams_from_range(low: Float, high: Float, scheme: QScheme) -> QParams:
 
 
 def quantize_array(x: Float, q: QParams) -> Integers:
-    """Return `x` in integers of dtype `q.dtype`, same shape: round half to even, then saturate at qmin and qmax."""
+    """Return `x` in integers of dtype `q.dtype`, same shape: round half to even, then saturate at qmin and qmax.
+
+    numpy has no int4; those values come as int8.
+    """
     scale, zero = _along_axis(x.ndim, q)
     # Divide in float32 as the runtimes do, so that ties fall on the same side.
     scaled = np.rint(np.asarray(x, np.float32) / scale)
-    result: Integers = np.clip(scaled.astype(np.float64) + zero, q.qmin, q.qmax).astype(q.dtype)
+    result: Integers = np.clip(scaled.astype(np.float64) + zero, q.qmin, q.qmax).astype(
+        "int8" if q.dtype == "int4" else q.dtype
+    )
     return result
 
 

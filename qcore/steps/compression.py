@@ -127,19 +127,22 @@ def _compressed(
     calibrated: "Callable[[ir.Model], CalibrationTable] | None",
 ) -> CompressionSummary:
     """Apply `recipe` to files; `calibrated` gives the table of the model that is about to be quantized."""
+    from qcore.canonical import sha256_bytes
     from qcore.compression import compress as apply_recipe
-    from qcore.graph.io import parse_model, read_model_bytes, save_model, serialize_model
+    from qcore.files import write_atomic
+    from qcore.graph.io import parse_model, read_model_bytes, serialize_model
     from qcore.target import load_target
 
     raw = read_model_bytes(model)
     profile = load_target(target)
     result = apply_recipe(parse_model(raw, str(model)), recipe, profile, calibrated)
-    _refuse_unusable(serialize_model(result.model), f"the result of recipe {recipe.name} for {profile.name}")
-    digest = save_model(result.model, out)
+    written = serialize_model(result.model)
+    _refuse_unusable(written, f"the result of recipe {recipe.name} for {profile.name}")
+    write_atomic(out, written)
     return CompressionSummary(
         output=out,
-        sha256=digest,
-        size_bytes=out.stat().st_size,
+        sha256=sha256_bytes(written),
+        size_bytes=len(written),
         input_size_bytes=len(raw),
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
@@ -150,10 +153,10 @@ def _compressed(
 
 def _refuse_unusable(raw: bytes, name: str) -> None:
     """Refuse bytes that the checker or the runtime would refuse: nothing is written rather than a wrong file."""
-    from qcore.graph.io import parse_model
+    from qcore.graph.io import check_model
     from qcore.runtime import ort
 
-    parse_model(raw, name)
+    check_model(raw, name)
     ort.load(raw, name=name)
 
 
