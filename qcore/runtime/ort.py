@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from qcore.data.dataset import Batch
 from qcore.errors import DataError, ModelError
+from qcore.graph.integer_io import IntegerIO, read_integer_io
+from qcore.numerics.affine import dequantize_array, quantize_array
 from qcore.report import Latency
 
 Tensors = Mapping[str, NDArray[np.generic]]
@@ -39,6 +41,8 @@ _DTYPES = {
     "tensor(float16)": np.float16,
     "tensor(uint8)": np.uint8,
     "tensor(int8)": np.int8,
+    "tensor(uint16)": np.uint16,
+    "tensor(int16)": np.int16,
     "tensor(int32)": np.int32,
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
@@ -56,12 +60,16 @@ class Port:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """A model in the runtime; `predict` maps named inputs to named outputs."""
+    """A model in the runtime; `predict` maps named inputs to named outputs.
+
+    `integer_io` says which of them are integers that stand for real numbers.
+    """
 
     name: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     predict: Predict
+    integer_io: IntegerIO
 
     @property
     def fixed_batch(self) -> int | None:
@@ -85,7 +93,39 @@ def load(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded:
 
 
 def feeds(loaded: Loaded, batch: Batch) -> dict[str, NDArray[np.generic]]:
-    """Return the samples of `batch` as the named inputs of the model, in its dtypes.
+    """Return the samples of `batch` as the named inputs of the model, in its dtypes: integers where it takes them.
+
+    Raises as `samples`.
+    """
+    return encoded(loaded, samples(loaded, batch))
+
+
+def encoded(loaded: Loaded, x: Tensors) -> dict[str, NDArray[np.generic]]:
+    """Return the samples `x` with the real numbers among them quantized as the model's integer inputs want."""
+    coded = loaded.integer_io.inputs
+    return {
+        k: quantize_array(v, coded[k]) if k in coded and np.issubdtype(v.dtype, np.floating) else v
+        for k, v in x.items()
+    }
+
+
+def outputs(loaded: Loaded, values: Tensors) -> dict[str, NDArray[np.generic]]:
+    """Return what the model gave as real numbers: its integer outputs dequantized, all others as they are."""
+    coded = loaded.integer_io.outputs
+    return {k: dequantize_array(v, coded[k]) if k in coded else v for k, v in values.items()}
+
+
+def on_samples(loaded: Loaded) -> Predict:
+    """Return `loaded.predict` between real numbers, whatever integers the model itself takes and gives."""
+
+    def predict(x: Tensors) -> dict[str, NDArray[np.generic]]:
+        return outputs(loaded, loaded.predict(encoded(loaded, x)))
+
+    return predict
+
+
+def samples(loaded: Loaded, batch: Batch) -> dict[str, NDArray[np.generic]]:
+    """Return the samples of `batch` as the named inputs of the model, real numbers where it takes integers for them.
 
     A model with a fixed batch size gets a smaller batch filled up with copies of its last sample.
 
@@ -102,7 +142,9 @@ def feeds(loaded: Loaded, batch: Batch) -> dict[str, NDArray[np.generic]]:
         x = {names[0]: x[""]}
     if set(x) != set(names):
         raise DataError(f"the card feeds inputs {sorted(x)}; {loaded.name} wants {sorted(names)}; correct `inputs`")
-    return {port.name: _fitted(x[port.name], port, loaded.name) for port in loaded.inputs}
+    real = {k: np.dtype(np.float32) for k in loaded.integer_io.inputs}
+    ports = [replace(port, dtype=real.get(port.name, port.dtype)) for port in loaded.inputs]
+    return {port.name: _fitted(x[port.name], port, loaded.name) for port in ports}
 
 
 def activations(
@@ -156,20 +198,21 @@ def measure_latency(
 
     Args:
         models: loaded with `threads=1`.
-        fed: one sample, inputs of every model.
+        fed: one sample, real numbers as inputs of every model; quantized before the clock starts.
         budget_s: stop after about this many seconds in all, but not before 20 rounds.
         warmup: untimed calls of each.
         max_runs: most timed rounds.
     """
     times: list[list[float]] = [[] for _ in models]
-    for model in models:
+    feds = [encoded(model, fed) for model in models]
+    for model, inputs in zip(models, feds, strict=True):
         for _ in range(warmup):
-            model.predict(fed)
+            model.predict(inputs)
     end = time.perf_counter() + budget_s
     while len(times[0]) < 20 or (len(times[0]) < max_runs and time.perf_counter() < end):
         for k, model in enumerate(models):
             start = time.perf_counter_ns()
-            model.predict(fed)
+            model.predict(feds[k])
             times[k].append((time.perf_counter_ns() - start) / 1e6)
     return [Latency(p50=float(np.percentile(t, 50)), p95=float(np.percentile(t, 95)), runs=len(t)) for t in times]
 
@@ -205,16 +248,22 @@ def _session(model: bytes, name: str, options: ort.SessionOptions) -> ort.Infere
 
 
 def _loaded(session: ort.InferenceSession, name: str) -> Loaded:
-    outputs = [o.name for o in session.get_outputs()]
+    names = [o.name for o in session.get_outputs()]
 
     def predict(fed: Tensors) -> dict[str, NDArray[np.generic]]:
-        return dict(zip(outputs, _run(session, outputs, fed, name), strict=True))
+        return dict(zip(names, _run(session, names, fed, name), strict=True))
+
+    try:
+        integer_io = read_integer_io(session.get_modelmeta().custom_metadata_map)
+    except ValueError as e:
+        raise ModelError(f"{name}: {e}; quantize the model again") from e
 
     return Loaded(
         name=name,
         inputs=tuple(_port(i) for i in session.get_inputs()),
         outputs=tuple(_port(o) for o in session.get_outputs()),
         predict=predict,
+        integer_io=integer_io,
     )
 
 

@@ -42,7 +42,7 @@ def evaluate(
             f"{sorted(p.name for p in models[1].inputs)}; allowed: equal names; pass the model that it was made from"
         )
     dataset = open_dataset(data, split)
-    result = evaluate_pair(models[0].predict, models[1].predict, _fed(dataset, models[1], progress))
+    result = evaluate_pair(*map(ort.on_samples, models), _fed(dataset, models[1], progress))
     latencies = _latencies(files, dataset, progress)
     report = EvaluationReport(
         model=_measured(files[0], latencies[0]),
@@ -105,7 +105,7 @@ def _fed(dataset: "Dataset", model: "Loaded", progress: Progress) -> Iterator[tu
 
     done = 0
     for batch in batches(dataset, model.fixed_batch or EVALUATION_BATCH):
-        yield batch.index, ort.feeds(model, batch), batch.y
+        yield batch.index, ort.samples(model, batch), batch.y
         done += len(batch.index)
         progress("evaluating", done, dataset.n)
 
@@ -117,7 +117,7 @@ def _latencies(files: list[bytes], dataset: "Dataset", progress: Progress) -> li
     progress("measuring latency", 0, 1)
     models = [ort.load(raw, threads=1) for raw in files]
     sample = next(batches(dataset, models[0].fixed_batch or 1))
-    result = ort.measure_latency(models, ort.feeds(models[0], sample))
+    result = ort.measure_latency(models, ort.samples(models[1], sample))
     progress("measuring latency", 1, 1)
     return result
 
