@@ -15,7 +15,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from qcore.canonical import Json
 from qcore.graph.edit import editable_copy
-from qcore.graph.qdq import CONTRIB, is_dequantize, is_quantize
+from qcore.graph.qdq import is_dequantize, is_quantize
 from qcore.graph.traverse import constant_array, int_attribute, node_name
 from qcore.numerics.affine import container_bits
 from qcore.placement import (
@@ -54,6 +54,7 @@ _UNARY = {
 }
 _BINARY = {"QLinearAdd", "QLinearMul"}
 _LAYERS = {"QLinearConv", "QLinearMatMul", "QGemm"}
+_OPERATORS = _UNARY | _BINARY | _LAYERS | {"QLinearConcat"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -308,9 +309,7 @@ def _island(node: ir.Node, target: TargetProfile, tail: set[ir.Value]) -> Iterat
     """Yield a node that computes on floats where the profile says integers."""
     if is_quantize(node) or is_dequantize(node) or not _on_floats(node) or any(v in tail for v in node.inputs):
         return
-    if node.domain == CONTRIB and (node.op_type in _LAYERS | _BINARY | _UNARY or node.op_type == "QLinearConcat"):
-        return
-    if node.op_type == "QLinearConv" or node.op_type == "QLinearMatMul" or _absorbed(node, target):
+    if node.op_type in _OPERATORS or _absorbed(node, target):
         return
     known = node.domain == "" and node.op_type in (*target.quantize, *target.same_scale)
     if not known:
@@ -330,8 +329,8 @@ def _island(node: ir.Node, target: TargetProfile, tail: set[ir.Value]) -> Iterat
 
 def _on_floats(node: ir.Node) -> bool:
     """Say whether `node` reads or gives floats that are not constants."""
-    values = [*(v for v in node.inputs if v is not None and is_activation(v)), *node.outputs[:1]]
-    return any(v.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, None) for v in values)
+    values = [v for v in node.inputs if v is not None and is_activation(v)]
+    return any(not _integers(v) for v in values or node.outputs[:1])
 
 
 def _absorbed(node: ir.Node, target: TargetProfile) -> bool:
@@ -357,8 +356,18 @@ def _floats_of(node: ir.Node, target: TargetProfile, tail: set[ir.Value]) -> lis
     return floats
 
 
-def _integers(value: ir.Value) -> bool:
-    return value.dtype is not None and not value.dtype.is_floating_point()
+def _integers(value: ir.Value | None) -> bool:
+    """Say whether `value` holds integers, also behind operators that type inference does not know."""
+    while value is not None:
+        if value.dtype is not None:
+            return not value.dtype.is_floating_point()
+        node = value.producer()
+        if node is None:
+            return False
+        if node.op_type in _OPERATORS:
+            return node.op_type != "QGemm" or len(node.inputs) > 7
+        value = None if is_dequantize(node) else node.inputs[0] if node.inputs else None
+    return False
 
 
 def _only_quantized(value: ir.Value) -> bool:

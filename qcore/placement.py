@@ -16,6 +16,7 @@ from qcore.graph.traverse import (
     constant_array,
     float_attribute,
     int_attribute,
+    ints_attribute,
     is_vector,
     node_name,
     only_consumer,
@@ -143,7 +144,9 @@ def weight_index(node: ir.Node) -> int | None:
     """Return which input of `node` holds constant weights, or None: no layer, or a product of two activations."""
     if node.op_type not in WEIGHTED or len(node.inputs) < 2:
         return None
-    if node.op_type in ("MatMul", "Gemm") and (constant_array(node.inputs[1]) is None or not is_activation(node.inputs[0])):
+    if node.op_type in ("MatMul", "Gemm") and (
+        constant_array(node.inputs[1]) is None or not is_activation(node.inputs[0])
+    ):
         return None
     return 1
 
@@ -274,6 +277,8 @@ def _shape_refusal(node: ir.Node) -> str | None:
     if node.op_type == "Gemm" and weight_index(node) is None:
         plain = float_attribute(node, "alpha", 1.0) == 1.0 and int_attribute(node, "transA", 0) == 0
         return None if plain and bias_of(node) is None else "Gemm of two activations with alpha, transA or a bias"
+    if node.op_type == "AveragePool" and any(d != 1 for d in ints_attribute(node, "dilations")):
+        return "integer kernels of AveragePool have no dilations"
     if node.op_type == "Div":
         return _divisor_refusal(node)
     if node.op_type == "Pow" and is_activation(node.inputs[1]):
@@ -334,9 +339,10 @@ def _reach_through_movers(nodes: list[ir.Node], draft: _Draft) -> tuple[ir.Node,
     candidates = [n for n in nodes if moves(n, draft.target) and node_name(n) not in draft.choice.floating]
     for node in reversed(candidates):
         source = node.inputs[0]
-        if any(o in draft.wanted for o in data_outputs(node)) and source is not None and is_activation(source):
-            if root(source, draft.target).name in draft.measured:
-                draft.wanted.add(source)
+        if source is None or not is_activation(source) or not any(o in draft.wanted for o in data_outputs(node)):
+            continue
+        if root(source, draft.target).name in draft.measured:
+            draft.wanted.add(source)
     movers = []
     for node in candidates:
         source = node.inputs[0]
@@ -356,9 +362,7 @@ def _quantizable(node: ir.Node, draft: _Draft) -> bool:
     return wanted and array is not None and array.dtype == np.float32 and array.size > 0 and _is_finite(array)
 
 
-def _groups(
-    draft: _Draft, movers: Iterable[ir.Node], tensors: Iterable[ir.Value]
-) -> dict[ir.Value, ir.Value]:
+def _groups(draft: _Draft, movers: Iterable[ir.Node], tensors: Iterable[ir.Value]) -> dict[ir.Value, ir.Value]:
     """Return for every tensor the one that stands for all that share its scale."""
     group = {value: value for value in tensors}
 

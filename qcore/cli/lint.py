@@ -17,7 +17,7 @@ def lint(
     target: opt.Target = "host",
     as_json: opt.AsJson = False,
 ) -> None:
-    """Prove that a model satisfies a target profile, or name every place where it does not. Exit code 1 with findings."""
+    """Prove that a model satisfies a target profile, or name every place where it does not (exit code 1)."""
     report = steps.lint(model=model, target=target)
     if as_json:
         print_json(report.to_json())

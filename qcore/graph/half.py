@@ -8,10 +8,38 @@ from qcore.graph.traverse import constant_array, node_name
 
 _LARGEST = float(np.finfo(np.float16).max)
 # Operators whose every float input and output has the one type T; Resize and Upsample keep float32 scales.
-_OPERATORS = frozenset(
-    "Conv ConvTranspose Gemm MatMul Add Sub Mul Div Pow Sqrt Relu LeakyRelu PRelu Sigmoid Tanh HardSigmoid HardSwish "
-    "Clip Softmax LogSoftmax Gelu Erf Exp Elu Abs Neg ReduceMean ReduceMax GlobalAveragePool AveragePool MaxPool Concat "
-    "LayerNormalization InstanceNormalization".split()
+_OPERATORS = (
+    *(
+        "Conv",
+        "ConvTranspose",
+        "Gemm",
+        "MatMul",
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Sqrt",
+        "Relu",
+        "LeakyRelu",
+        "PRelu",
+    ),
+    *(
+        "Sigmoid",
+        "Tanh",
+        "HardSigmoid",
+        "HardSwish",
+        "Clip",
+        "Softmax",
+        "LogSoftmax",
+        "Gelu",
+        "Erf",
+        "Exp",
+        "Elu",
+        "Abs",
+    ),
+    *("Neg", "ReduceMean", "ReduceMax", "GlobalAveragePool", "AveragePool", "MaxPool", "Concat"),
+    *("LayerNormalization", "InstanceNormalization"),
 )
 
 

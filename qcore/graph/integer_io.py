@@ -6,14 +6,14 @@ What the caller must compute is kept in the model's metadata, since a plain ONNX
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
 
 from qcore.graph.qdq import is_dequantize, is_quantize
 from qcore.graph.traverse import constant_array, only_consumer
-from qcore.numerics.affine import IntDtype, QParams, QScheme
+from qcore.numerics.affine import IntDtype, Levels, QParams, QScheme
 
 INTEGER_IO_KEY = "qcore.integer_io"
 
@@ -70,10 +70,10 @@ def _parameters(node: ir.Node) -> dict[str, object]:
 
 def _read(parameters: Mapping[str, object]) -> QParams:
     dtype = cast(IntDtype, parameters["dtype"])
-    low, high = QScheme(dtype=cast(Literal["uint8"], dtype)).levels
+    low, high = QScheme(dtype=cast(Levels, parameters["dtype"])).levels
     return QParams(
-        scale=np.float32(cast(float, parameters["scale"])).reshape(()),
-        zero_point=np.int32(cast(int, parameters["zero_point"])).reshape(()),
+        scale=np.array(parameters["scale"], np.float32),
+        zero_point=np.array(parameters["zero_point"], np.int32),
         dtype=dtype,
         qmin=low,
         qmax=high,

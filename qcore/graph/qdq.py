@@ -36,7 +36,9 @@ def insert_activation_qdq(
     name = str(value.name)
     scale, zero = _parameters(graph, name, q)
     domain = _domain(graph, q)
-    quantize = ir.node("QuantizeLinear", [value, scale, zero], domain=domain, name=fresh_name(graph, f"{name}_quantize"))
+    quantize = ir.node(
+        "QuantizeLinear", [value, scale, zero], domain=domain, name=fresh_name(graph, f"{name}_quantize")
+    )
     dequantize = ir.node(
         "DequantizeLinear",
         [quantize.outputs[0], scale, zero],

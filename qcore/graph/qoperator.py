@@ -5,15 +5,17 @@ no integer operator keeps its DQ and Q.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
 
 from qcore.errors import ModelError
-from qcore.graph.edit import drop_unused_initializers, editable_copy
+from qcore.graph.edit import add_initializer, drop_unused_initializers, editable_copy, fresh_name
 from qcore.graph.qdq import CONTRIB, is_dequantize, is_quantize
 from qcore.graph.rewrite import Rewrite, Skipped
 from qcore.graph.traverse import constant_array, node_name, only_consumer
+from qcore.numerics.affine import IntDtype, QParams, quantize_array
 
 _UNARY = {
     "GlobalAveragePool": "QLinearGlobalAveragePool",
@@ -24,9 +26,9 @@ _UNARY = {
 }
 _BINARY = {"Add": "QLinearAdd", "Mul": "QLinearMul"}
 # ONNX Runtime has these for int8 and uint8 themselves; their data is input 0.
-_MOVING = frozenset(
-    "MaxPool Reshape Flatten Transpose Squeeze Unsqueeze Slice Split Gather GatherElements Expand Tile DepthToSpace "
-    "Identity".split()
+_MOVING = (
+    *("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather"),
+    *("GatherElements", "Expand", "Tile", "DepthToSpace", "Identity"),
 )
 _EIGHT_BITS = ("int8", "uint8")
 
@@ -108,14 +110,22 @@ def _written(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
     if node.op_type in _MOVING:
         return _moved(graph, node)
     inputs = [_integer(v) for v in node.inputs]
-    result = _quantized(node.outputs[0])
-    if node.op_type == "Gemm":
-        return _gemm(graph, node, inputs, result)
-    if result is None or not inputs or inputs[0] is None:
+    if not inputs or inputs[0] is None:
         return None
-    quantize, out = result
-    built = _built(graph, node, [i for i in inputs if i is not None], out)
-    return None if built is None else _replace(graph, node, built, quantize)
+    bound = _bound_behind(node)
+    result = _quantized((bound or node).outputs[0])
+    present = [i for i in inputs if i is not None]
+    if node.op_type == "Gemm":
+        built = _gemm(graph, node, present, None if result is None else result[1])
+    else:
+        built = None if result is None else _built(graph, node, present, result[1])
+    if built is None:
+        return None
+    ends = None if bound is None or result is None else _ends(graph, bound, result[1])
+    _replace(graph, node, built, result)
+    if bound is not None and ends is not None:
+        _bound_integers(graph, bound.name, built.outputs[0], ends)
+    return built
 
 
 def _built(graph: ir.Graph, node: ir.Node, inputs: list[_Integer], out: _Integer) -> ir.Node | None:
@@ -153,24 +163,60 @@ def _contrib(graph: ir.Graph, op_type: str, inputs: list[ir.Value], node: ir.Nod
     return ir.node(op_type, inputs, attributes, domain=CONTRIB, name=node.name)
 
 
-def _gemm(
-    graph: ir.Graph, node: ir.Node, inputs: list[_Integer | None], result: tuple[ir.Node, _Integer] | None
-) -> ir.Node | None:
-    """Return QGemm in place of Gemm: with a Q behind it integers come out, else float logits."""
-    if inputs[0] is None or inputs[1] is None:
-        return None
+def _gemm(graph: ir.Graph, node: ir.Node, inputs: list[_Integer], out: _Integer | None) -> ir.Node | None:
+    """Return QGemm for Gemm, not yet in the graph: with `out` integers come out, else float logits."""
     bias = _int32(node)
-    if len(node.inputs) > 2 and node.inputs[2] is not None and bias is None:
+    if len(inputs) < 2 or (len(node.inputs) > 2 and node.inputs[2] is not None and bias is None):
         return None
     attributes = {k: v for k, v in node.attributes.items() if k in ("alpha", "transA", "transB")}
     parts: list[ir.Value | None] = [*inputs[0].all, *inputs[1].all, bias]
-    if result is not None:
-        parts += [result[1].scale, result[1].zero]
+    if out is not None:
+        parts += [out.scale, out.zero]
     while parts[-1] is None:
         parts.pop()
     graph.opset_imports.setdefault(CONTRIB, 1)
-    built = ir.node("QGemm", parts, attributes, domain=CONTRIB, name=node.name)
-    return _replace(graph, node, built, None if result is None else result[0])
+    return ir.node("QGemm", parts, attributes, domain=CONTRIB, name=node.name)
+
+
+def _bound_behind(node: ir.Node) -> ir.Node | None:
+    """Return the Relu or Clip with constant bounds that alone reads `node` and is itself only read by a Q."""
+    reader = only_consumer(node.outputs[0])
+    if reader is None or reader.op_type not in ("Relu", "Clip") or reader.inputs[0] is not node.outputs[0]:
+        return None
+    if any(v is not None and constant_array(v) is None for v in reader.inputs[1:]):
+        return None
+    return reader if _quantized(reader.outputs[0]) is not None else None
+
+
+def _ends(graph: ir.Graph, bound: ir.Node, out: _Integer) -> list[ir.Value | None]:
+    """Return new constants: the bounds of a Relu or Clip as integers of `out`."""
+    scale, zero = constant_array(out.scale), constant_array(out.zero)
+    assert scale is not None and zero is not None  # noqa: S101, PT018 - insert_activation_qdq writes both
+    limits, dtype = np.iinfo(zero.dtype), cast(IntDtype, zero.dtype.name)
+    lower, upper = (constant_array(v) for v in [*bound.inputs[1:3], None, None][:2])
+    ends = [np.zeros((), np.float32) if bound.op_type == "Relu" else lower, upper]
+    q = QParams(scale=scale, zero_point=zero.astype(np.int32), dtype=dtype, qmin=limits.min, qmax=limits.max)
+    name = f"{bound.name}_bound"
+    return [None if e is None else add_initializer(graph, name, quantize_array(e.reshape(()), q)) for e in ends]
+
+
+def _bound_integers(graph: ir.Graph, name: str | None, result: ir.Value, ends: list[ir.Value | None]) -> None:
+    """Clip the integers `result` where floats were clipped: rounding and saturating keep the order.
+
+    So `Q(clip(x, a, b)) = clip(Q(x), Q(a), Q(b))`, exactly.
+    """
+    clip = ir.node("Clip", [result, *ends], name=name)
+    clipped, maker = clip.outputs[0], result.producer()
+    assert maker is not None  # noqa: S101 - it has just been put there
+    clipped.type, clipped.shape = result.type, result.shape
+    for reader, index in list(result.uses()):
+        if reader is not clip:
+            reader.replace_input_with(index, clipped)
+    for i, value in enumerate(graph.outputs):
+        if value is result:
+            graph.outputs[i] = clipped
+    graph.insert_after(maker, clip)
+    clipped.name, result.name = result.name, fresh_name(graph, f"{result.name}_unbounded")
 
 
 def _int32(node: ir.Node) -> ir.Value | None:
@@ -210,20 +256,22 @@ def _same(a: _Integer, b: _Integer) -> bool:
     return all(x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y) for x, y in arrays)
 
 
-def _replace(graph: ir.Graph, node: ir.Node, built: ir.Node, quantize: ir.Node | None) -> ir.Node:
+def _replace(graph: ir.Graph, node: ir.Node, built: ir.Node, result: tuple[ir.Node, _Integer] | None) -> None:
     """Put `built` where `node` and the Q behind it were; its output takes over name, readers and type."""
-    old = (quantize or node).outputs[0]
-    new = built.outputs[0]
+    old, new = node.outputs[0] if result is None else result[1].value, built.outputs[0]
     name = old.name
-    new.type, new.shape = old.type, old.shape or node.outputs[0].shape
+    dtype = ir.DataType.FLOAT if result is None else result[1].zero.dtype
+    new.type, new.shape = ir.TensorType(dtype or ir.DataType.UINT8), old.shape or node.outputs[0].shape
     graph.insert_before(node, built)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
-    if quantize is not None:
-        graph.remove(quantize, safe=True)
+    last = node if result is None else result[0]
+    while last is not node:  # the Q, and the Relu or Clip between
+        before = last.inputs[0].producer() if last.inputs[0] is not None else None
+        graph.remove(last, safe=True)
+        last = before or node
     graph.remove(node, safe=True)
     old.name = None
     new.name = name
-    return built
 
 
 def _drop_unread(graph: ir.Graph) -> None:

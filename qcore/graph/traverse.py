@@ -42,3 +42,9 @@ def float_attribute(node: ir.Node, name: str, default: float) -> float:
     """Return the float attribute `name` of `node`, or `default` where it is absent."""
     attribute = node.attributes.get(name)
     return default if attribute is None else attribute.as_float()
+
+
+def ints_attribute(node: ir.Node, name: str) -> tuple[int, ...]:
+    """Return the integers of the attribute `name` of `node`, none where it is absent."""
+    attribute = node.attributes.get(name)
+    return () if attribute is None else tuple(attribute.as_ints())

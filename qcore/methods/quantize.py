@@ -56,6 +56,7 @@ from qcore.placement import (
 from qcore.target import TargetProfile
 
 TARGET_KEY = "qcore.target"
+MAX_OPSET = 27  # QuantizeLinear-28 is unknown to onnxruntime 1.32
 _INT32 = np.iinfo(np.int32)
 _DEAD_CHANNEL_LEVELS = 1 << 20  # how finely the bias of a channel without weights is kept
 
@@ -136,6 +137,12 @@ def _check_quantizable(model: ir.Model, step: QuantizeStep) -> None:
                 raise CalibrationError(
                     f"{option} names node {name!r}, which does not exist; names are those of the model file"
                 )
+    opset = model.opset_imports.get("", 0)
+    if opset > MAX_OPSET:
+        raise ModelError(
+            f"the model uses opset {opset}, whose QuantizeLinear onnxruntime does not have; allowed: at most "
+            f"{MAX_OPSET}; export the model with an older opset"
+        )
     for node in model.graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             raise ModelError(f"the model is already quantized (node {node_name(node)}); pass the float model")
@@ -230,9 +237,7 @@ def _quantize_constants(
         _quantize_operand(graph, node, 0, scales, target)
 
 
-def _quantize_operand(
-    graph: ir.Graph, node: ir.Node, index: int, scales: _Scales, target: TargetProfile
-) -> None:
+def _quantize_operand(graph: ir.Graph, node: ir.Node, index: int, scales: _Scales, target: TargetProfile) -> None:
     """Quantize a constant operand of Add, Mul, Concat ... like an activation: one scale, the activation dtype."""
     value = node.inputs[index]
     array = constant_array(value)

@@ -23,9 +23,10 @@ class QScheme:
     """How a tensor is quantized.
 
     `bits` may be less than the width of `dtype`, which is the default: the values then use only `2**bits` levels of
-    the container. `symmetric` puts zero in the middle (zero point 0 for signed dtypes, 128 for uint8) and leaves out the lowest level, so
-    that the range is its own mirror. `axis` is the channel axis of per-channel quantization, None for
-    one scale per tensor. `power_of_two` rounds scales up to a power of two, so that nothing saturates that fitted.
+    the container. `symmetric` puts zero in the middle of the container (zero point 0 for signed dtypes, 128 for uint8)
+    and leaves out the lowest level, so that the range is its own mirror. `axis` is the channel axis of per-channel
+    quantization, None for one scale per tensor. `power_of_two` rounds scales up to a power of two, so that nothing
+    saturates that fitted.
     """
 
     dtype: Levels
@@ -48,7 +49,10 @@ class QScheme:
     def levels(self) -> tuple[int, int]:
         """The lowest and highest integer value."""
         half = 1 << (self.width - 1)
-        low, high = (-half, half - 1) if self.dtype.startswith("int") else (0, 2 * half - 1)
+        middle = 0 if self.dtype.startswith("int") else half
+        if self.symmetric and middle:
+            middle = 1 << (container_bits(self.dtype) - 1)
+        low, high = middle - half, middle + half - 1
         return (low + 1, high) if self.symmetric else (low, high)
 
 

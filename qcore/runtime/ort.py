@@ -104,7 +104,7 @@ def encoded(loaded: Loaded, x: Tensors) -> dict[str, NDArray[np.generic]]:
     """Return the samples `x` with the real numbers among them quantized as the model's integer inputs want."""
     coded = loaded.integer_io.inputs
     return {
-        k: quantize_array(v, coded[k]) if k in coded and np.issubdtype(v.dtype, np.floating) else v
+        k: quantize_array(v.astype(np.float32), coded[k]) if k in coded and np.issubdtype(v.dtype, np.floating) else v
         for k, v in x.items()
     }
 
@@ -112,7 +112,7 @@ def encoded(loaded: Loaded, x: Tensors) -> dict[str, NDArray[np.generic]]:
 def outputs(loaded: Loaded, values: Tensors) -> dict[str, NDArray[np.generic]]:
     """Return what the model gave as real numbers: its integer outputs dequantized, all others as they are."""
     coded = loaded.integer_io.outputs
-    return {k: dequantize_array(v, coded[k]) if k in coded else v for k, v in values.items()}
+    return {k: dequantize_array(v.astype(np.int64), coded[k]) if k in coded else v for k, v in values.items()}
 
 
 def on_samples(loaded: Loaded) -> Predict:
@@ -170,7 +170,7 @@ def activations(
     fetch = [p.name for p in loaded.outputs if p.name in wanted and p.dtype == np.float32]
     for batch in batches:
         fed = feeds(loaded, batch)
-        values = dict(zip(fetch, _run(session, fetch, fed, name), strict=True))
+        values = dict(zip(fetch, _run(session, fetch, fed, name), strict=True)) if fetch else {}  # [] would mean all
         values |= {k: v for k, v in fed.items() if k in wanted and v.dtype == np.float32}
         n = len(batch.index)
         if n != loaded.fixed_batch and loaded.fixed_batch is not None:

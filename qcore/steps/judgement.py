@@ -42,7 +42,7 @@ def evaluate(
             f"{sorted(p.name for p in models[1].inputs)}; allowed: equal names; pass the model that it was made from"
         )
     dataset = open_dataset(data, split)
-    result = evaluate_pair(*map(ort.on_samples, models), _fed(dataset, models[1], progress))
+    result = evaluate_pair(ort.on_samples(models[0]), ort.on_samples(models[1]), _fed(dataset, models[1], progress))
     latencies = _latencies(files, dataset, progress)
     report = EvaluationReport(
         model=_measured(files[0], latencies[0]),
