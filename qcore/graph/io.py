@@ -7,6 +7,7 @@ external files would not be covered by the digest that the gate signs, so they a
 from pathlib import Path
 
 import onnx
+import onnx.version_converter
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
@@ -75,6 +76,22 @@ def parse_model(data: bytes, name: str) -> ir.Model:
     except onnx.checker.ValidationError as e:
         reason = str(e).strip().splitlines()[0]
         raise ModelError(f"{name} is not a valid ONNX model: {reason}; export it again") from e
+    return ir.serde.deserialize_model(proto)
+
+
+def at_opset(model: ir.Model, opset: int) -> ir.Model:
+    """Return `model` written in version `opset` of the standard operators: itself if it already is.
+
+    Raises:
+        ModelError: the converter of the onnx package does not know how.
+    """
+    if model.opset_imports.get("") == opset:
+        return model
+    try:
+        proto = onnx.version_converter.convert_version(ir.serde.serialize_model(model), opset)
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())[:200]
+        raise ModelError(f"the model cannot be written in opset {opset}: {reason}; export it in that opset") from e
     return ir.serde.deserialize_model(proto)
 
 
