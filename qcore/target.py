@@ -10,6 +10,9 @@ from qcore.config import Config, load_config
 from qcore.errors import ConfigError
 from qcore.numerics.affine import QScheme
 
+Precision = Literal["int16", "float16", "float"]
+"""What a layer can run in instead of int8: 16-bit activations, half precision, or as it was."""
+
 PROFILES = Path(__file__).with_name("targets")
 
 
@@ -20,7 +23,8 @@ class TargetProfile(Config):
     both are symmetric (uint8 has zero point 128 and the same levels). `weight_bits` below 8 keeps the storage and
     uses fewer levels. `bias` says whether
     biases become int32 with scale = activation scale x weight scale, or stay float. `quantize` lists the op types
-    that have integer kernels on the device; all others stay float.
+    that have integer kernels on the device; all others stay float. `mixed` lists what single layers may run in
+    where int8 costs too much accuracy.
     """
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
@@ -36,6 +40,7 @@ class TargetProfile(Config):
     float_output: bool = True
     quantize: tuple[str, ...]
     same_scale: tuple[str, ...] = ()
+    mixed: tuple[Precision, ...] = ()
 
     def activation_scheme(self) -> QScheme:
         """Return how activations are quantized: per tensor, 8 bits."""

@@ -1,5 +1,6 @@
 """The verbs that say where accuracy goes: `layers` for a quantized model, `sensitivity` before there is one."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 from qcore import steps
 from qcore.cli import options as opt
-from qcore.cli.output import print_json, print_table, progress
+from qcore.cli.output import percent, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from qcore.layers.report import LayerReport
@@ -37,6 +38,52 @@ def layers(
         return
     _print_layers(result)
     print(f"{page}\n{json_path}")
+
+
+class Precision(StrEnum):
+    """What one layer runs in while the others stay float."""
+
+    int8 = "int8"
+    int16 = "int16"
+    float16 = "float16"
+
+
+def sensitivity(
+    model: opt.Model,
+    data: opt.Data,
+    out: opt.Out,
+    target: opt.Target = "host",
+    recipe: opt.Recipe = "int8",
+    split: opt.CalibrationSplit = "calibration",
+    samples: Annotated[int, typer.Option(min=1, help="How many samples, evenly spread over the split.")] = 32,
+    precision: Annotated[Precision, typer.Option(help="What the one layer runs in.")] = Precision.int8,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Quantize one layer at a time and rank the layers by what that does to the output. Resumes where it was killed."""
+    with progress() as report:
+        result = steps.sensitivity(
+            model=model,
+            data=data,
+            out=out,
+            target=target,
+            recipe=recipe,
+            split=split,
+            samples=samples,
+            precision=precision.value,
+            progress=report,
+        )
+    if as_json:
+        print_json({**result.to_json(), "output": str(out)})
+        return
+    total = sum(s.error for s in result.layers) or 1.0
+    rows = [
+        (f"{k}. {s.node}", s.op_type, f"{s.error:.3g}", percent(s.error / total))
+        for k, s in enumerate(result.layers[:_SHOWN], 1)
+    ]
+    title = f"Layers by sensitivity to {result.precision} on {result.target} ({len(result.layers)} layers, "
+    print_table(f"{title}{result.samples} samples)", ("layer", "op", "error", "of the sum"), rows)
+    print(f"error: {result.measure}, with this layer alone in {result.precision}")
+    print(out)
 
 
 def _print_layers(report: "LayerReport") -> None:

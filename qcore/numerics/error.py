@@ -58,7 +58,7 @@ def output_kl(reference_logits: Float, logits: Float) -> float:
     Raises:
         ValueError: shapes differ, there is no sample, or a value is NaN or infinite.
 
-    Source: Kullback and Leibler 1951; as a sensitivity score Cai et al. 2020 (arXiv 2001.00281) eq. 4.
+    Source: Kullback and Leibler 1951; as a sensitivity score Cai et al. 2020 (arXiv 2001.00281).
     """
     p, q = _rows(reference_logits, logits)
     if is_distribution(p):

@@ -18,3 +18,6 @@ from qcore.steps.layers import layer_paths as layer_paths
 from qcore.steps.layers import layers as layers
 from qcore.steps.release import package as package
 from qcore.steps.release import publish as publish
+from qcore.steps.search import journal_path as journal_path
+from qcore.steps.search import mixed_precision as mixed_precision
+from qcore.steps.search import sensitivity as sensitivity
