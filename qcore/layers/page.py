@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import matplotlib as mpl
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from qcore.layers.report import ACCUMULATED_DB, CORE, LOCAL_DB, LayerError, LayerReport
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 COLORS = {"local": "#c0392b", "accumulated": "#d98e04", "fine": "#2e7d5b"}
-_STYLE = {
+_STYLE: Any = {  # the stubs of rc_context name every setting
     "svg.hashsalt": "qcore",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -71,7 +70,7 @@ def _svg(layers: Sequence[LayerError], draw: Any, height: float) -> str:
         draw(axes, layers)
         _name_layers(axes, layers)
         buffer = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

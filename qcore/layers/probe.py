@@ -120,6 +120,7 @@ def probe_layers(baseline: ir.Model, quantized: ir.Model) -> ProbedModel:
     values = [*out.graph.inputs, *(o for n in out.graph for o in n.outputs)]
     source = editable_copy(quantized).graph
     layers = find_layers(source)
+    after = layers_before(layers)
     weights = {node_name(n): constant_array(n.inputs[1]) for n in out.graph if n.op_type in WEIGHTED}
     branches = _Branches(
         graph=out.graph,
@@ -134,7 +135,6 @@ def probe_layers(baseline: ir.Model, quantized: ir.Model) -> ProbedModel:
     _move(source, out.graph)
     out.graph.outputs.clear()
     probes, skipped = [], []
-    after = layers_before(layers)
     for layer in layers:
         if layer.tensor in branches.floats:
             probes.append(_probe(branches, layer, after[layer.name]))
@@ -290,7 +290,7 @@ def _quantizer(b: _Branches, pair: Pair, reference: ir.Value) -> Quantizer | Non
     step, offset = float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0])
     low, high = ((q - offset) * step for q in (levels.min, levels.max))
     edges = [
-        add_initializer(b.graph, f"{reference.name}.{end}", np.float32(at).reshape(()))
+        add_initializer(b.graph, f"{reference.name}.{end}", np.array(at, np.float32))
         for end, at in (("lower_edge", low - step / 2), ("upper_edge", high + step / 2))
     ]
     clipped = _add(b, "Clip", [reference, *edges])

@@ -166,7 +166,7 @@ def add_up(probes: Iterable[Probe], outputs: Iterable[tuple[int, Tensors]]) -> L
     """
     quantizers = {p.quantizer.integers: p.quantizer for p in probes if p.quantizer is not None}
     levels = {name: np.zeros(q.qmax - q.qmin + 1, np.int64) for name, q in quantizers.items()}
-    scalars: Counter[str] = Counter()
+    scalars: dict[str, float] = {}
     samples = 0
     for n, tensors in outputs:
         samples += n
@@ -174,7 +174,7 @@ def add_up(probes: Iterable[Probe], outputs: Iterable[tuple[int, Tensors]]) -> L
             if name in levels:
                 _count(levels[name], value, quantizers[name].qmin)
             else:
-                scalars[name] += float(value)
+                scalars[name] = scalars.get(name, 0.0) + float(value)
     return LayerSums(samples=samples, scalars=scalars, levels=levels)
 
 

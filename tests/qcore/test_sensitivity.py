@@ -72,6 +72,7 @@ def test_a_second_run_repeats_nothing_and_other_data_repeats_all(tmp_path):
     assert len(journal.read_bytes().splitlines()) == 12
 
 
+@pytest.mark.slow  # two whole command lines; tests/qcore/test_trials.py kills the journal itself
 def test_after_kill_9_finished_layers_are_not_measured_again(tmp_path):
     proto = conv_net()
     card, model = write_data(tmp_path / "in", proto), save(proto, tmp_path / "m.onnx")

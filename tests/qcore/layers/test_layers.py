@@ -7,7 +7,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from models import conv_head_net, conv_net, model_of, save, write_data
-from onnx import helper
+from onnx import helper, version_converter
 
 from qcore import steps
 from qcore.data.dataset import batches, open_dataset, some_samples
@@ -115,6 +115,53 @@ def test_the_probed_graph_leaves_its_arguments_alone_and_is_deterministic(tmp_pa
     first, second = (serialize_model(probe_layers(baseline, quantized).model) for _ in range(2))
     assert first == second
     assert [serialize_model(m) for m in (baseline, quantized)] == before
+
+
+def test_a_file_in_a_newer_opset_is_compared_all_the_same(tmp_path):
+    proto = conv_net()
+    model, card = save(proto, tmp_path / "m.onnx"), write_data(tmp_path, proto)
+    steps.compress(model=model, data=card, out=tmp_path / "q.onnx", target="x86-vnni")
+    save(version_converter.convert_version(onnx.load(tmp_path / "q.onnx"), 21), tmp_path / "q21.onnx")
+    common = {"baseline": model, "data": card, "samples": 8}
+    first = steps.layers(model=tmp_path / "q.onnx", out=tmp_path / "a", **common)
+    second = steps.layers(model=tmp_path / "q21.onnx", out=tmp_path / "b", **common)
+    assert [e.node for e in first.layers] == [e.node for e in second.layers]
+    for a, b in zip(first.layers, second.layers, strict=True):
+        assert a.accumulated.sqnr_db == pytest.approx(b.accumulated.sqnr_db, abs=0.01)
+
+
+def test_layers_read_through_movers_and_joins(tmp_path):
+    rng = np.random.default_rng(0)
+    weights = {k: (rng.standard_normal((4, 4, 1, 1)) * 0.5).astype(np.float32) for k in "ab"}
+    weights["head"] = rng.standard_normal((8, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["u"], name="left"),
+        helper.make_node("Conv", ["x", "b"], ["v"], name="right"),
+        helper.make_node("Relu", ["v"], ["vr"], name="relu"),
+        helper.make_node("Concat", ["u", "vr"], ["j"], name="join", axis=1),
+        helper.make_node("MaxPool", ["j"], ["m"], name="pool", kernel_shape=[4, 4]),
+        helper.make_node("Flatten", ["m"], ["f"], name="flatten"),
+        helper.make_node("MatMul", ["f", "head"], ["z"], name="head"),
+        helper.make_node("Softmax", ["z"], ["y"], name="softmax"),
+    ]
+    proto = model_of(nodes, weights, inputs={"x": ["N", 4, 4, 4]}, outputs={"y": ["N", 3]})
+    model, card = save(proto, tmp_path / "m.onnx"), write_data(tmp_path, proto)
+    steps.compress(model=model, data=card, out=tmp_path / "q.onnx", target="x86-vnni")
+    quantized = parse_model((tmp_path / "q.onnx").read_bytes(), "q")
+    probed = probe_layers(matching_baseline(parse_model(model.read_bytes(), "m"), quantized), quantized)
+    after = {p.node: p.after for p in probed.probes}
+    assert after == {
+        "x": (),
+        "left": ("x",),
+        "right": ("x",),
+        "join": ("left", "right"),
+        "head": ("join",),
+        "softmax": ("head",),
+    }
+    assert {p.node for p in probed.probes if p.local is None} == {"softmax"}  # it computes in float
+    assert probed.skipped == ()
+    report = steps.layers(model=tmp_path / "q.onnx", baseline=model, data=card, out=tmp_path / "r")
+    assert all(e.verdict == "fine" for e in report.layers)
 
 
 def test_files_are_the_same_on_a_second_run_and_whole(tmp_path):
