@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcore.errors import ConfigError
@@ -51,6 +51,7 @@ def test_a_trial_runs_once_per_key(tmp_path):
     assert (ran, ran_again, ran_other) == ([1, 2], [], [2])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200))
 def test_a_journal_cut_anywhere_loses_at_most_the_trials_behind_the_cut(cut):
     import tempfile
