@@ -22,8 +22,8 @@ LOCAL_DB = 20.0
 """A layer alone below this is at fault itself: it adds noise of more than 1 % of its signal's power. Eight bits over
 a range that fits give 30 to 45 dB."""
 ACCUMULATED_DB = 12.0
-"""Noise of 1/16 of the signal's power. On EfficientNet-Lite0 every layer of an int8 file that lost nothing was above
-15 dB; one that lost seven points was at 5 to 10 dB in its second half."""
+"""Noise of 1/16 of the signal's power. EfficientNet-Lite0, 32 images: in a per-channel file that agrees with float on
+98 % of 400 images every layer is above 15 dB; in a per-tensor file that loses 25 points most are at 5 to 12 dB."""
 CORE = 0.999
 _SATURATED = 1e-3
 _FEW_LEVELS = 0.25
