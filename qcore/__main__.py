@@ -15,6 +15,8 @@ EXTRAS = {
     "pydantic": "compress",
     "yaml": "compress",
     "PIL": "compress",
+    "jinja2": "compress",
+    "matplotlib": "compress",
     "tuf": "release",
     "securesystemslib": "release",
     "zstandard": "release",

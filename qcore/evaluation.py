@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcore.errors import DataError, ModelError
-from qcore.numerics.error import ratio_db
+from qcore.numerics.error import limited_db
 from qcore.report import PairedCounts, Samples
 
 Tensors = Mapping[str, NDArray[np.generic]]
-SQNR_LIMIT = 300.0
 Predict = Callable[[Tensors], Mapping[str, NDArray[np.generic]]]
 
 
@@ -154,9 +153,9 @@ def _result(columns: _Columns, labelled: bool) -> PairedResult:
 
 
 def _worst_sqnr_db(columns: _Columns) -> float:
-    """Return the SQNR of the worst output; equal outputs have no noise, so 300 dB is the ceiling of the report."""
+    """Return the SQNR of the worst output; equal outputs have no noise and get the ceiling of the report."""
     totals = np.sum(np.array(columns.powers, np.float64), axis=0)
-    return min(max(min(ratio_db(float(signal), float(noise)) for signal, noise in totals), -SQNR_LIMIT), SQNR_LIMIT)
+    return min(limited_db(float(signal), float(noise)) for signal, noise in totals)
 
 
 def golden_samples(predict: Predict, fed: Tensors) -> bytes:

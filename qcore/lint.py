@@ -193,7 +193,7 @@ def _source(value: ir.Value | None) -> ir.Value | None:
 
 
 def _activation_dtypes(target: TargetProfile) -> str:
-    return " or ".join([target.activations, *([target.wide_activations] if target.int16_activations else [])])
+    return " or ".join([target.activations, *([target.wide_activations] if "int16" in target.mixed else [])])
 
 
 def _tensor(tensor: _Quantized, target: TargetProfile) -> Iterator[Finding]:

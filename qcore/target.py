@@ -11,6 +11,9 @@ from qcore.config import Config, load_config
 from qcore.errors import ConfigError
 from qcore.numerics.affine import QScheme, container_bits
 
+Precision = Literal["int16", "float16", "float"]
+"""What a layer can run in instead of int8: 16-bit activations, half precision, or as it was."""
+
 PROFILES = Path(__file__).with_name("targets")
 
 
@@ -26,15 +29,15 @@ class TargetProfile(Config):
     `quantize` lists the op types that work on integers with scales of their own, `same_scale` those that move values
     and keep the scale of their input, `one_scale` those of `quantize` that want one scale for all inputs and the
     output; all others stay float, which `integer_only` forbids. `float_output` keeps the logits of a last Gemm or
-    MatMul as float. `integer_io` makes the graph's own inputs and outputs integers. `int16_activations` says that
-    single nodes may have 16-bit activations. `opset` is the version that the file must have; None keeps the model's.
+    MatMul as float. `integer_io` makes the graph's own inputs and outputs integers. `mixed` lists what
+    single layers may run in where int8 costs too much accuracy. `opset` is the version that the file must have; None
+    keeps the model's.
     """
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
     description: str
     activations: Literal["uint8", "int8", "uint16", "int16"]
     activations_symmetric: bool = False
-    int16_activations: bool = False
     weights: Literal["int8", "uint8", "int4"] = "int8"
     depthwise_weights: Literal["int8", "uint8"] | None = None
     weights_per_channel: bool = True
@@ -49,6 +52,7 @@ class TargetProfile(Config):
     quantize: tuple[str, ...]
     same_scale: tuple[str, ...] = ()
     one_scale: tuple[str, ...] = ()
+    mixed: tuple[Precision, ...] = ()
 
     @property
     def wide_activations(self) -> Literal["uint16", "int16"]:

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from qcore import __version__
-from qcore.cli import demo, lint, model, pipeline, repo, tracking
+from qcore.cli import demo, layers, lint, model, pipeline, repo, tracking
 from qcore.cli.output import print_json
 from qcore.errors import QcoreError
 
@@ -31,6 +31,8 @@ app.command("prune")(model.prune)
 app.command("compress")(model.compress)
 app.command("lint")(lint.lint)
 app.command("evaluate")(model.evaluate)
+app.command("layers")(layers.layers)
+app.command("sensitivity")(layers.sensitivity)
 app.command("gate")(model.gate)
 app.command("package")(model.package)
 app.command("publish")(model.publish)

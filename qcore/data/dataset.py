@@ -5,7 +5,7 @@ comparisons do not depend on the order, and a stored array can then be read from
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +105,17 @@ def data_sources(path: Path) -> list[Path]:
 def shared_samples(a: Dataset, b: Dataset) -> int:
     """Return how many samples are in both splits; splits of different files share none."""
     return len(set(a.indices) & set(b.indices)) if a.source.resolve() == b.source.resolve() else 0
+
+
+def some_samples(data: Dataset, n: int) -> Dataset:
+    """Return `n` samples of `data`, evenly spread over it; all of them if it has no more."""
+    if n >= data.n:
+        return data
+    chosen = [k * data.n // n for k in range(n)]
+    indices = tuple(data.indices[k] for k in chosen)
+    labels = None if data.labels is None else tuple(data.labels[k] for k in chosen)
+    digest = sha256_json({"of": data.sha256, "indices": list(indices)})
+    return replace(data, indices=indices, labels=labels, sha256=digest)
 
 
 def batches(data: Dataset, size: int) -> Iterator[Batch]:

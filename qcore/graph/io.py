@@ -111,6 +111,22 @@ def convert_opset(model: ir.Model, opset: int) -> ir.Model:
     return converted
 
 
+def at_opset(model: ir.Model, opset: int) -> ir.Model:
+    """Return `model` written in version `opset` of the standard operators: itself if it already is.
+
+    Raises:
+        ModelError: the converter of the onnx package does not know how.
+    """
+    if model.opset_imports.get("") == opset:
+        return model
+    try:
+        proto = onnx.version_converter.convert_version(ir.serde.serialize_model(model), opset)
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())[:200]
+        raise ModelError(f"the model cannot be written in opset {opset}: {reason}; export it in that opset") from e
+    return ir.serde.deserialize_model(proto)
+
+
 def serialize_model(model: ir.Model) -> bytes:
     """Return the bytes of the ONNX file of `model`; the same model gives the same bytes.
 

@@ -80,7 +80,9 @@ class _Sets:
         self.parent[self.root(a)] = self.root(b)
 
 
-def equalize(model: ir.Model, step: EqualizeStep, channels: Mapping[str, ChannelStats], *, per_channel=False) -> Rewrite:
+def equalize(
+    model: ir.Model, step: EqualizeStep, channels: Mapping[str, ChannelStats], *, per_channel=False
+) -> Rewrite:
     """Return `model` with the channel scales of its layers evened out; `changed` names the layers.
 
     Args:
@@ -231,15 +233,30 @@ def _solve(layers, sets, cuts, channels, graph, per_channel):
     for la in layers:
         g, o, i, taps = la.weight.shape
         st = channels.get(str(la.node.inputs[0].name))
-        power = (st.mean**2 + st.variance).reshape(g, i) if st is not None and st.mean.size == g * i else np.ones((g, i))
+        power = (
+            (st.mean**2 + st.variance).reshape(g, i) if st is not None and st.mean.size == g * i else np.ones((g, i))
+        )
         imp = importance[id(la)].reshape(g, o)
-        terms.append(LayerTerm(peak=np.abs(la.weight).max(axis=3), power=power * taps, importance=imp, into=index.get(la.in_set), out=index.get(la.out_set), per_channel=per_channel))
+        terms.append(
+            LayerTerm(
+                peak=np.abs(la.weight).max(axis=3),
+                power=power * taps,
+                importance=imp,
+                into=index.get(la.in_set),
+                out=index.get(la.out_set),
+                per_channel=per_channel,
+            )
+        )
     tensors = []
     seen = set()
     for value in sets.parent:
-        st = channels.get(str(value.name)); r = sets.root(value)
-        if st is None or r not in index or st.mean.size != sizes[index[r]] or id(value) in seen: continue
-        tensors.append(TensorTerm(peak=np.maximum(np.abs(st.low), np.abs(st.high)), importance=importance[r], scales=index[r]))
+        st = channels.get(str(value.name))
+        r = sets.root(value)
+        if st is None or r not in index or st.mean.size != sizes[index[r]] or id(value) in seen:
+            continue
+        tensors.append(
+            TensorTerm(peak=np.maximum(np.abs(st.low), np.abs(st.high)), importance=importance[r], scales=index[r])
+        )
     got = balance(sizes, terms, tensors, [Cut(scales=index[r], reached=c) for r, c in cuts.items() if r in index])
     return dict(zip(free, got))
 
@@ -248,18 +265,22 @@ def _importance(graph, layers, sets, channels):
     """What a unit of noise power in each channel costs: travelled back from the outputs, with the mean over channels kept at 1."""
     by_node = {la.node: la for la in layers}
     cost: dict[object, Vector] = {}
+
     def of(root, size):
         g = cost.get(root)
-        if g is None or g.size != size: return np.ones(size)
+        if g is None or g.size != size:
+            return np.ones(size)
         return g / max(g.mean(), 1e-30)
+
     for node in reversed(list(graph)):
         la = by_node.get(node)
-        if la is None: continue
+        if la is None:
+            continue
         g, o, i, taps = la.weight.shape
         out = of(la.out_set, g * o)
         st = channels.get(str(_after(node).name))
         cost[id(la)] = out
-        back = np.einsum('goit,go->gi', la.weight**2, out.reshape(g, o)).reshape(-1)
+        back = np.einsum("goit,go->gi", la.weight**2, out.reshape(g, o)).reshape(-1)
         back = back / max(back.mean(), 1e-30)
         cost[la.in_set] = cost[la.in_set] + back if la.in_set in cost and cost[la.in_set].size == back.size else back
     for r in {la.out_set for la in layers}:
@@ -267,7 +288,9 @@ def _importance(graph, layers, sets, channels):
         cost[r] = of(r, la.weight.shape[0] * la.weight.shape[1])
     return cost
 
-def _after(node): return node.outputs[0]
+
+def _after(node):
+    return node.outputs[0]
 
 
 def _move_bound(clip: ir.Node, scales: Vector | None, reached: Vector | None, *, lift: bool) -> None:

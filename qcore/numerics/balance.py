@@ -59,7 +59,9 @@ class Cut:
     reached: Vector
 
 
-def balance(sizes: Sequence[int], layers: Sequence[LayerTerm], tensors: Sequence[TensorTerm], cuts: Sequence[Cut], joint=False) -> list[Vector]:
+def balance(
+    sizes: Sequence[int], layers: Sequence[LayerTerm], tensors: Sequence[TensorTerm], cuts: Sequence[Cut], joint=False
+) -> list[Vector]:
     """Return the scale vectors (all positive)."""
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
     pins = {c.scales: c.reached for c in cuts}
@@ -68,31 +70,39 @@ def balance(sizes: Sequence[int], layers: Sequence[LayerTerm], tensors: Sequence
         if (reached >= 0.999).any():
             for i, r in enumerate(reached):
                 floors[starts[k] + i] = (0.0, 0.0 if r >= 0.999 else None)
+
     def expand(u):
         ts = []
         for k in range(len(sizes)):
-            t = u[starts[k]:starts[k+1]]
+            t = u[starts[k] : starts[k + 1]]
             if k in pins and (pins[k] >= 0.999).any():
                 t = t + np.log(np.maximum(pins[k], 1e-6))
             ts.append(t)
         return ts
+
     pw = [np.power(l.peak / max(l.peak.max(), 1e-30), P).astype(np.float32) for l in layers]
+
     def cost(u):
-        ts = expand(u); grads = [np.zeros_like(t) for t in ts]; total = 0.0; J=[];
+        ts = expand(u)
+        grads = [np.zeros_like(t) for t in ts]
+        total = 0.0
+        J = []
         for l, m in zip(layers, pw):
             g, o, i = l.peak.shape
             tin = ts[l.into].reshape(g, i) if l.into is not None else np.zeros((g, i))
             tout = ts[l.out].reshape(g, o) if l.out is not None else np.zeros((g, o))
-            v = np.exp(P * tin); w = np.exp(-P * tout)
+            v = np.exp(P * tin)
+            w = np.exp(-P * tout)
             pv = l.power * np.exp(-2 * tin)
-            noise = pv.sum(1, keepdims=True)                        # (g,1)
+            noise = pv.sum(1, keepdims=True)  # (g,1)
             imp = l.importance * np.exp(2 * tout)
             if l.per_channel:
-                s = (m @ v[:, :, None])[:, :, 0] + 1e-300   # step_o^P without w
+                s = (m @ v[:, :, None])[:, :, 0] + 1e-300  # step_o^P without w
                 d2 = np.exp(2 / P * np.log(s))
                 terms = l.importance * d2 * noise
                 T = terms.sum()
-                if T <= 0: continue
+                if T <= 0:
+                    continue
                 gi = ((terms * 2 / s)[:, None, :] @ m)[:, 0, :] * v - 2 * pv * (l.importance * d2).sum(1, keepdims=True)
                 go = None
             else:
@@ -101,26 +111,38 @@ def balance(sizes: Sequence[int], layers: Sequence[LayerTerm], tensors: Sequence
                 d2 = np.exp(2 / P * np.log(S))
                 N = (imp.sum(1, keepdims=True) * noise).sum()
                 T = d2 * N
-                if T <= 0: continue
+                if T <= 0:
+                    continue
                 gi = T * 2 / S * v * (w[:, None, :] @ m)[:, 0, :] - 2 * d2 * pv * imp.sum(1, keepdims=True)
                 go = -T * 2 / S * w * a + 2 * d2 * imp * noise
             total += np.log(T)
-            if l.into is not None: grads[l.into] += (gi / T).reshape(-1)
-            if l.out is not None and go is not None: grads[l.out] += (go / T).reshape(-1)
+            if l.into is not None:
+                grads[l.into] += (gi / T).reshape(-1)
+            if l.out is not None and go is not None:
+                grads[l.out] += (go / T).reshape(-1)
         for x in tensors:
-            t = ts[x.scales]; pk = x.peak / max(x.peak.max(), 1e-30)
-            e = np.power(pk, P) * np.exp(-P * t); S = e.sum() + 1e-300
-            d2 = np.exp(2 / P * np.log(S)); q = x.importance * np.exp(2 * t); N = q.sum(); T = d2 * N
-            if T <= 0: continue
+            t = ts[x.scales]
+            pk = x.peak / max(x.peak.max(), 1e-30)
+            e = np.power(pk, P) * np.exp(-P * t)
+            S = e.sum() + 1e-300
+            d2 = np.exp(2 / P * np.log(S))
+            q = x.importance * np.exp(2 * t)
+            N = q.sum()
+            T = d2 * N
+            if T <= 0:
+                continue
             total += np.log(T)
             grads[x.scales] += -2 * e / S + 2 * q / N
         g = np.concatenate(grads) if grads else np.zeros(0)
-        g = g + 2*RIDGE * u
+        g = g + 2 * RIDGE * u
         return total + RIDGE * float(u @ u), g
+
     u0 = np.zeros(int(starts[-1]))
     for k, reached in pins.items():
         if (reached >= 0.999).any():
-            u0[starts[k]:starts[k+1]] = -np.log(np.maximum(reached, 1e-6))
-    r = minimize(cost, u0, jac=True, method="L-BFGS-B", bounds=floors, options={"maxiter": ITERATIONS, "maxfun": 2*ITERATIONS})
+            u0[starts[k] : starts[k + 1]] = -np.log(np.maximum(reached, 1e-6))
+    r = minimize(
+        cost, u0, jac=True, method="L-BFGS-B", bounds=floors, options={"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS}
+    )
     balance.info = (cost(u0)[0], r.fun, r.nit)
     return [np.exp(t) for t in expand(r.x)]

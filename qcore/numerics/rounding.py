@@ -16,7 +16,9 @@ BLOCK = 64
 SWEEPS = 4
 
 
-def round_second_order(weights: Matrix, moments: Matrix, scale: Matrix, levels: tuple[int, int], damping: float) -> Matrix:
+def round_second_order(
+    weights: Matrix, moments: Matrix, scale: Matrix, levels: tuple[int, int], damping: float
+) -> Matrix:
     """Return integers Q such that `scale * Q` stands for `weights`.
 
     Args:

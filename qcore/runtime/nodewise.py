@@ -15,8 +15,6 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from qcore.errors import ModelError
-
 Array = NDArray[np.generic]
 TRAILING = ("Relu", "Clip", "QuantizeLinear")
 

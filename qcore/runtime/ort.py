@@ -92,6 +92,25 @@ def load(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded:
     return _loaded(_session(model, name, _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)), name)
 
 
+def load_as_written(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded:
+    """Return `model` ready to run node by node, with no graph optimization at all.
+
+    A QDQ file then computes exactly the numbers that it states: no fused integer kernel, whose 16-bit sums saturate on
+    x86 without VNNI, takes part. Arguments and errors are those of `load`.
+    """
+    return _loaded(_session(model, name, _options(threads, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)), name)
+
+
+def load_unfused(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded:
+    """Return `model` with float optimizations, but every QuantizeLinear and DequantizeLinear where it is written.
+
+    The numbers of `load_as_written` up to float rounding, faster. Arguments and errors are those of `load`.
+    """
+    options = _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return _loaded(_session(model, name, options), name)
+
+
 def feeds(loaded: Loaded, batch: Batch) -> dict[str, NDArray[np.generic]]:
     """Return the samples of `batch` as the named inputs of the model, in its dtypes: integers where it takes them.
 

@@ -14,7 +14,12 @@ from qcore.steps.guard import Progress as Progress
 from qcore.steps.judgement import evaluate as evaluate
 from qcore.steps.judgement import gate as gate
 from qcore.steps.judgement import load_report as load_report
+from qcore.steps.layers import layer_paths as layer_paths
+from qcore.steps.layers import layers as layers
 from qcore.steps.lint import LintReport as LintReport
 from qcore.steps.lint import lint as lint
 from qcore.steps.release import package as package
 from qcore.steps.release import publish as publish
+from qcore.steps.search import journal_path as journal_path
+from qcore.steps.search import mixed_precision as mixed_precision
+from qcore.steps.search import sensitivity as sensitivity

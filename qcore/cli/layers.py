@@ -1,0 +1,115 @@
+"""The verbs that say where accuracy goes: `layers` for a quantized model, `sensitivity` before there is one."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qcore import steps
+from qcore.cli import options as opt
+from qcore.cli.output import percent, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from qcore.layers.report import LayerReport
+
+_SHOWN = 15
+
+
+def layers(
+    model: Annotated[Path, typer.Option("--model", help="The quantized model, in QDQ form.")],
+    baseline: opt.Baseline,
+    data: opt.Data,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for layers.html and layers.json, or the path of the .html file.")
+    ],
+    split: opt.EvaluationSplit = "evaluation",
+    samples: Annotated[int, typer.Option(min=1, help="How many samples, evenly spread over the split.")] = 32,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Say which layers of a quantized model are at fault, and which only carry an error on."""
+    with progress() as report:
+        result = steps.layers(
+            model=model, baseline=baseline, data=data, out=out, split=split, samples=samples, progress=report
+        )
+    json_path, page = steps.layer_paths(out)
+    if as_json:
+        print_json({**result.to_json(), "output": str(json_path), "page": str(page)})
+        return
+    _print_layers(result)
+    print(f"{page}\n{json_path}")
+
+
+class Precision(StrEnum):
+    """What one layer runs in while the others stay float."""
+
+    int8 = "int8"
+    int16 = "int16"
+    float16 = "float16"
+
+
+def sensitivity(
+    model: opt.Model,
+    data: opt.Data,
+    out: opt.Out,
+    target: opt.Target = "host",
+    recipe: opt.Recipe = "int8",
+    split: opt.CalibrationSplit = "calibration",
+    samples: Annotated[int, typer.Option(min=1, help="How many samples, evenly spread over the split.")] = 32,
+    precision: Annotated[Precision, typer.Option(help="What the one layer runs in.")] = Precision.int8,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Quantize one layer at a time and rank the layers by what that does to the output. Resumes where it was killed."""
+    with progress() as report:
+        result = steps.sensitivity(
+            model=model,
+            data=data,
+            out=out,
+            target=target,
+            recipe=recipe,
+            split=split,
+            samples=samples,
+            precision=precision.value,
+            progress=report,
+        )
+    if as_json:
+        print_json({**result.to_json(), "output": str(out)})
+        return
+    total = sum(s.error for s in result.layers) or 1.0
+    rows = [
+        (f"{k}. {s.node}", s.op_type, f"{s.error:.3g}", percent(s.error / total))
+        for k, s in enumerate(result.layers[:_SHOWN], 1)
+    ]
+    title = f"Layers by sensitivity to {result.precision} on {result.target} ({len(result.layers)} layers, "
+    print_table(f"{title}{result.samples} samples)", ("layer", "op", "error", "of the sum"), rows)
+    print(f"error: {result.measure}, with this layer alone in {result.precision}")
+    print(out)
+
+
+def _print_layers(report: "LayerReport") -> None:
+    """Print the layers that are not fine, worst first, and what may help those at fault."""
+    numbers = {e.node: f"#{k}" for k, e in enumerate(report.layers, 1)}
+    noted = [e for e in report.layers if e.verdict != "fine"]
+    worst = sorted(noted, key=lambda e: (e.verdict != "local", e.accumulated.sqnr_db))[:_SHOWN]
+    rows = [
+        (
+            f"{numbers[e.node]} {e.node}",
+            e.op_type,
+            e.verdict,
+            "float" if e.local is None else f"{e.local.sqnr_db:.1f}",
+            f"{e.accumulated.sqnr_db:.1f}",
+            numbers.get(e.source or "", ""),
+        )
+        for e in worst
+    ]
+    counts = ", ".join(f"{report.count(v)} {v}" for v in ("local", "accumulated", "fine"))
+    if rows:
+        more = f"; {len(rows)} of {len(noted)} shown" if len(noted) > len(rows) else ""
+        columns = ("layer", "op", "verdict", "local dB", "accumulated dB", "worst before it")
+        print_table(f"Layers that lose the most ({counts}{more})", columns, rows)
+    else:
+        print(f"all {len(report.layers)} layers are fine")
+    for e in worst:
+        if e.verdict == "local":
+            print(f"{numbers[e.node]}: {e.why}")
+    print(report.advice())

@@ -1,0 +1,76 @@
+"""Results of expensive trials, kept in a file as they come: a search that was killed goes on where it was.
+
+One line of canonical JSON per finished trial, fsynced before the next one starts. A line that a kill cut short is
+dropped: that trial did not finish. Standard library only.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from qcore.canonical import Digest, Json, canonical_json
+from qcore.errors import ConfigError
+from qcore.files import fsync_dir
+
+Run = Callable[[Json], Json]
+
+
+def remembered(path: Path, key: Digest, run: Run) -> Run:
+    """Return `run`, except that a trial which the file `path` knows under `key` is not run again.
+
+    Args:
+        path: the journal; made when the first trial finishes. Trials of other keys in it are left alone.
+        key: digest of everything that the results depend on besides the trial itself.
+        run: from what is tried to the result, both JSON values.
+
+    Raises:
+        ConfigError: the file is not a journal, or a line in its middle is damaged.
+    """
+    known = {canonical_json(e["trial"]): e["result"] for e in _entries(path) if e["key"] == key}
+
+    def trial(what: Json) -> Json:
+        name = canonical_json(what)
+        if name not in known:
+            result = run(what)
+            _append(path, canonical_json({"key": key, "trial": what, "result": result}) + b"\n")
+            known[name] = result
+        return known[name]
+
+    return trial
+
+
+def _entries(path: Path) -> list[Json]:
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut short
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise ConfigError(f"journal {path} cannot be read: {e.strerror}; pass another output path") from e
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or entry.keys() != {"key", "trial", "result"}:
+            raise ConfigError(f"journal {path}: line {number} is not a trial; delete the file to start over")
+        entries.append(entry)
+    return entries
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add `line` durably, behind the last whole line."""
+    is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        f.seek(0)
+        whole = f.read().rfind(b"\n") + 1
+        f.truncate(whole)
+        f.write(line)
+        f.flush()
+        os.fsync(f.fileno())
+    if is_new:
+        fsync_dir(path.parent)

@@ -1,0 +1,96 @@
+"""Trials are remembered across processes, also one that is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcore.errors import ConfigError
+from qcore.trials import remembered
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from qcore.trials import remembered
+folder = Path(sys.argv[1])
+
+def run(k):
+    with (folder / "ran.txt").open("a") as f:
+        f.write(f"{k}\\n")
+    time.sleep(0.05)
+    return k * k
+
+trial = remembered(folder / "journal.jsonl", "key", run)
+print([trial(k) for k in range(12)])
+"""
+
+
+def counting(path, key="key"):
+    ran = []
+
+    def run(what):
+        ran.append(what)
+        return {"twice": what * 2}
+
+    return remembered(path, key, run), ran
+
+
+def test_a_trial_runs_once_per_key(tmp_path):
+    path = tmp_path / "new" / "t.jsonl"
+    trial, ran = counting(path)
+    assert [trial(k) for k in (1, 2, 1)] == [{"twice": 2}, {"twice": 4}, {"twice": 2}]
+    again, ran_again = counting(path)
+    assert again(2) == {"twice": 4}
+    other, ran_other = counting(path, "other")
+    assert other(2) == {"twice": 4}
+    assert (ran, ran_again, ran_other) == ([1, 2], [], [2])
+
+
+@settings(deadline=None)
+@given(st.integers(0, 200))
+def test_a_journal_cut_anywhere_loses_at_most_the_trials_behind_the_cut(cut):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "t.jsonl"
+        trial, _ = counting(path)
+        for k in range(4):
+            trial(k)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) - min(cut, len(whole))])
+        kept = path.read_bytes().count(b"\n")
+        again, ran = counting(path)
+        assert [again(k) for k in range(4)] == [{"twice": 2 * k} for k in range(4)]
+        assert ran == list(range(kept, 4))
+        assert path.read_bytes() == whole  # the torn line is gone, and the same trials give the same lines
+
+
+def test_damage_in_the_middle_is_refused(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"key":"k","trial":1,"result":2}\nnonsense\n')
+    with pytest.raises(ConfigError, match="line 2 is not a trial; delete the file"):
+        remembered(path, "k", lambda x: x)
+
+
+def test_after_kill_9_no_finished_trial_is_repeated(tmp_path):
+    command = [sys.executable, "-c", SLOW, str(tmp_path)]
+    journal, ran = tmp_path / "journal.jsonl", tmp_path / "ran.txt"
+    process = subprocess.Popen(command)
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = journal.read_bytes().count(b"\n")
+    assert finished < 12
+    before = ran.read_text().split()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str([k * k for k in range(12)])
+    after = ran.read_text().split()[len(before) :]
+    assert after == [str(k) for k in range(finished, 12)]
