@@ -1,19 +1,18 @@
 """Cross-layer equalization: the same function, with channels that are alike in magnitude.
 
-One scale per tensor serves a layer badly when one of its channels is a hundred times another. A channel of an activation
-may be divided by any s > 0 if every layer that makes it is divided by s and every layer that reads it is multiplied by
-s. Tensors that must share their scales (the two sides of a residual Add, the two ends of a ReLU or a pooling) form a
-set; the scales of a set are chosen to even out the weights of all layers around it.
+One scale per tensor serves a layer badly when one of its channels is a hundred times another. Channels are rescaled
+between layers (`graph/sets.py` says where that is free) such that quantization adds least noise
+(`numerics/balance.py`).
 
 A Clip (ReLU6) cuts at one bound for all channels, so it is not homogeneous. With `clips: keep`, channels that reach the
-bound share one scale (the bound moves with it) and the others are scaled up to the bound at most: the function stays
-what it was on the calibration data. With `clips: lift` the bound is dropped, and values that were cut are not any more.
+bound share one scale, with which the bound moves, and the others are scaled up to the bound at most: on the
+calibration data the function stays what it was. With `clips: lift` the bound is dropped, and what it cut is not any
+more.
 
-Source: Nagel et al. 2019 (arXiv 1906.04721) section 4.1, eq. 11; Meller et al. 2019 (arXiv 1902.01917).
+Source: Nagel et al. 2019 (arXiv 1906.04721) section 4.1; Meller et al. 2019 (arXiv 1902.01917).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -22,27 +21,15 @@ from numpy.typing import NDArray
 
 from qcore.config import Config
 from qcore.graph.edit import add_initializer, drop_unused_initializers, editable_copy, remove_in_favour_of
-from qcore.graph.rewrite import Rewrite, Skipped
-from qcore.graph.traverse import constant_array, float_attribute, int_attribute, is_vector, node_name
-from qcore.numerics.balance import Cut, LayerTerm, TensorTerm, balance
+from qcore.graph.rewrite import Rewrite
+from qcore.graph.sets import SetLayer, Sets, clip_bound, equalization_sets, stored_weight
+from qcore.graph.traverse import constant_array, node_name
+from qcore.numerics.balance import LayerTerm, TensorTerm, balance
 from qcore.numerics.channels import ChannelStats
+from qcore.target import TargetProfile
 
-Vector = NDArray[np.float64]
-HOMOGENEOUS = (
-    "Relu",
-    "LeakyRelu",
-    "MaxPool",
-    "AveragePool",
-    "GlobalAveragePool",
-    "GlobalMaxPool",
-    "Identity",
-    "Dropout",
-)
-POOLS = ("GlobalAveragePool", "GlobalMaxPool")
-GATES = ("Sigmoid", "HardSigmoid", "Softmax")
-SWEEPS = 40
-SETTLED = 1e-3
-REACHED = 0.999  # of the bound: rounding in the runtime must not hide that a channel was cut
+Array = NDArray[np.float64]
+MARGIN = 1.25  # other data go further than the calibration data did
 
 
 class EqualizeStep(Config):
@@ -52,275 +39,147 @@ class EqualizeStep(Config):
     clips: Literal["keep", "lift"] = "keep"
 
 
-@dataclass(slots=True)
-class _Layer:
-    """A layer with constant weights as a matrix of magnitudes, and the sets on its two sides."""
-
-    node: ir.Node
-    weight: NDArray[np.float64]  # (groups, out per group, in per group, taps)
-    out_set: int
-    in_set: int
-
-
-@dataclass(slots=True)
-class _Sets:
-    """Which tensors share their channel scales: a forest over tensors, and the sets that must keep scale 1."""
-
-    parent: dict[ir.Value, ir.Value] = field(default_factory=dict)
-    frozen: set[ir.Value] = field(default_factory=set)
-
-    def root(self, value: ir.Value) -> ir.Value:
-        """Return the tensor that stands for the set of `value`."""
-        while (up := self.parent.setdefault(value, value)) is not value:
-            value = up
-        return value
-
-    def tie(self, a: ir.Value, b: ir.Value) -> None:
-        """Let `a` and `b` share their scales."""
-        self.parent[self.root(a)] = self.root(b)
-
-
 def equalize(
-    model: ir.Model, step: EqualizeStep, channels: Mapping[str, ChannelStats], *, per_channel=False
+    model: ir.Model, step: EqualizeStep, target: TargetProfile, channels: Mapping[str, ChannelStats]
 ) -> Rewrite:
-    """Return `model` with the channel scales of its layers evened out; `changed` names the layers.
+    """Return `model` with the channels of its layers evened out for `target`; `changed` names the layers.
 
     Args:
         model: float model, batch norms folded.
         step: options.
-        channels: per tensor the statistics of its channels (axis 1), at least of the outputs of Clip nodes.
+        target: says whether weights have one scale or one per channel.
+        channels: per tensor the statistics of its channels. Tensors that are missing are not counted; a set behind a
+            Clip without statistics is left alone.
     """
     out = editable_copy(model)
-    sets, layers, skipped = _survey(out.graph)
-    clips = [n for n in out.graph if n.op_type == "Clip" and n.domain == ""]
-    cuts = _cuts(clips, sets, channels) if step.clips == "keep" else {}
-    scales = _solve(layers, sets, cuts, channels, out.graph, per_channel)
+    sets = equalization_sets(out.graph)
+    clips = [n for n in out.graph if n.op_type == "Clip" and n.domain == "" and clip_bound(n) is not None]
+    reached, unknown = _reached(clips, sets, channels)
+    free = tuple(root for root in sets.free if root not in unknown)
+    lift = step.clips == "lift"
+    index, sizes = {root: k for k, root in enumerate(free)}, {la.out: la.outputs for la in sets.layers}
+    cost = _importance(out.graph, sets)
+    layers = _layer_terms(sets, index, cost, channels, target.weights_per_channel)
+    tensors = _tensor_terms(sets, index, cost, channels)
+    bounds = {} if lift else {index[root]: share for root, share in reached.items() if root in index}
+    found = balance([sizes[root] for root in free], layers, tensors, bounds) if free else []
+    scales = dict(zip(free, found, strict=True))
     for clip in clips:
-        root = sets.root(clip.outputs[0])
-        _move_bound(clip, scales.get(root), cuts.get(root), lift=step.clips == "lift")
-    for layer in layers:
-        _scale_layer(out.graph, layer, scales)
+        root = sets.root[clip.outputs[0]]
+        if root in scales:
+            _move_bound(out.graph, clip, None if lift else reached[root], scales[root])
+    changed = [node_name(la.node) for la in sets.layers if _scale_layer(out.graph, la, scales)]
     drop_unused_initializers(out.graph)
-    touched = [la for la in layers if la.out_set in scales or la.in_set in scales]
-    return Rewrite(model=out, changed=tuple(node_name(la.node) for la in touched), skipped=tuple(skipped))
+    return Rewrite(model=out, changed=tuple(changed), skipped=sets.skipped)
 
 
-def _survey(graph: ir.Graph) -> tuple[_Sets, list[_Layer], list[Skipped]]:
-    """Return the sets of tensors, the layers between them, and the nodes that freeze the sets around them."""
-    sets, layers, skipped = _Sets(), [], []
-    for node in graph:
-        reason = _tie(node, sets, layers)
-        if reason is not None:
-            skipped.append(Skipped(node=node_name(node), op_type=node.op_type, reason=reason))
-            sets.frozen.update(v for v in (*node.inputs, *node.outputs) if v is not None)
-    sets.frozen.update((*graph.inputs, *graph.outputs))
-    sets.frozen = {sets.root(v) for v in sets.frozen}
-    for layer in layers:
-        layer.in_set, layer.out_set = sets.root(layer.in_set), sets.root(layer.out_set)
-    return sets, layers, skipped
-
-
-def _tie(node: ir.Node, sets: _Sets, layers: list[_Layer]) -> str | None:
-    """Note what `node` demands of the scales around it, or return why they must be 1."""
-    if node.domain != "" or node.inputs[0] is None:
-        return "its scales cannot be moved"
-    data, result = node.inputs[0], node.outputs[0]
-    match node.op_type:
-        case "Conv" | "Gemm":
-            layer, reason = _layer(node)
-            if layer is not None:
-                layers.append(layer)
-            return reason
-        case "Add" | "Sub":
-            if any(constant_array(v) is not None for v in node.inputs):
-                return "it adds a constant"
-            if not _same_shape(node.inputs[0], node.inputs[1]):
-                return "it broadcasts"
-            for value in node.inputs:
-                sets.tie(value, result)
-        case "Mul":
-            gates = [v for v in node.inputs if _is_gate(v)]
-            if len(gates) != 1:
-                return "neither factor is a gate"
-            sets.tie(next(v for v in node.inputs if v is not gates[0]), result)
-        case "Clip":
-            if _clip_bound(node) is None:
-                return "it does not cut to [0, constant]"
-            sets.tie(data, result)
-        case "Flatten":
-            if int_attribute(node, "axis", 1) != 1 or data.producer() is None or data.producer().op_type not in POOLS:
-                return "it flattens more than one value per channel"
-            sets.tie(data, result)
-        case op if op in HOMOGENEOUS:
-            sets.tie(data, result)
-        case _:
-            return "it is not homogeneous"
-    return None
-
-
-def _same_shape(a: ir.Value | None, b: ir.Value | None) -> bool:
-    return a is not None and b is not None and (a.shape is None or b.shape is None or a.shape == b.shape)
-
-
-def _is_gate(value: ir.Value | None) -> bool:
-    return value is not None and (node := value.producer()) is not None and node.op_type in GATES
-
-
-def _clip_bound(clip: ir.Node) -> float | None:
-    """Return c of a Clip to [0, c], or None for any other Clip."""
-    low, high = [*(constant_array(v) for v in clip.inputs[1:3]), None, None][:2]
-    return float(high.reshape(-1)[0]) if low is not None and high is not None and low.reshape(-1)[0] == 0 else None
-
-
-def _layer(node: ir.Node) -> tuple[_Layer | None, str | None]:
-    weight = constant_array(node.inputs[1])
-    if weight is None or weight.dtype != np.float32 or constant_array(node.inputs[0]) is not None:
-        return None, "its weights are not float32 constants"
-    if node.op_type == "Gemm" and (int_attribute(node, "transA", 0) or float_attribute(node, "alpha", 1.0) != 1.0):
-        return None, "Gemm with alpha or transA"
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        bias = constant_array(node.inputs[2])
-        if bias is None or not is_vector(bias, _matrix(node, weight).shape[0] * _matrix(node, weight).shape[1]):
-            return None, "its bias is not one constant per output channel"
-        if float_attribute(node, "beta", 1.0) != 1.0:
-            return None, "Gemm with beta"
-    return _Layer(node=node, weight=_matrix(node, weight), out_set=node.outputs[0], in_set=node.inputs[0]), None
-
-
-def _matrix(node: ir.Node, weight: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the weights as (groups, outputs per group, inputs per group, taps)."""
-    w = weight.astype(np.float64)
-    if node.op_type == "Gemm":
-        w = w if int_attribute(node, "transB", 0) else w.T
-        return w.reshape(1, *w.shape, 1)
-    groups = int_attribute(node, "group", 1)
-    return w.reshape(groups, w.shape[0] // groups, w.shape[1], -1)
-
-
-def _stored(node: ir.Node, matrix: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return what `_matrix` was made from."""
-    if node.op_type == "Gemm" and not int_attribute(node, "transB", 0):
-        return np.ascontiguousarray(matrix.reshape(shape[::-1]).T).astype(np.float32)
-    return matrix.reshape(shape).astype(np.float32)
-
-
-def _cuts(clips: list[ir.Node], sets: _Sets, channels: Mapping[str, ChannelStats]) -> dict[ir.Value, Vector]:
-    """Return for each set with a Clip what share of the bound each channel reaches."""
-    cuts: dict[ir.Value, Vector] = {}
+def _reached(
+    clips: list[ir.Node], sets: Sets, channels: Mapping[str, ChannelStats]
+) -> tuple[dict[ir.Value, Array], set[ir.Value]]:
+    """Return how far the channels of each set behind a Clip go, and the sets of which that is not known."""
+    reached: dict[ir.Value, Array] = {}
+    unknown: set[ir.Value] = set()
     for clip in clips:
-        bound, root = _clip_bound(clip), sets.root(clip.outputs[0])
-        if bound is None or root in sets.frozen:
-            continue
-        stats = channels.get(str(clip.outputs[0].name))
-        if stats is None or root in cuts:
-            sets.frozen.add(root)
+        root, bound, stats = sets.root[clip.outputs[0]], clip_bound(clip), channels.get(str(clip.outputs[0].name))
+        if stats is None or bound is None or root in reached:
+            unknown.add(root)
         else:
-            cuts[root] = np.clip(stats.high / bound, 0.0, 1.0)
-    return cuts
+            reached[root] = np.clip(MARGIN * stats.high / bound, 0.0, 1.0)
+    return reached, unknown
 
 
-def _solve(layers, sets, cuts, channels, graph, per_channel):
-    made = {la.out_set for la in layers}
-    read = {la.in_set for la in layers}
-    free = [r for r in dict.fromkeys(la.out_set for la in layers) if r in read and r not in sets.frozen]
-    index = {r: k for k, r in enumerate(free)}
-    sizes = [0] * len(free)
-    for la in layers:
-        if la.out_set in index:
-            sizes[index[la.out_set]] = la.weight.shape[0] * la.weight.shape[1]
-    importance = _importance(graph, layers, sets, channels)
+def _layer_terms(
+    sets: Sets,
+    index: Mapping[ir.Value, int],
+    cost: Mapping[ir.Value, Array],
+    channels: Mapping[str, ChannelStats],
+    per_channel: bool,
+) -> list[LayerTerm]:
     terms = []
-    for la in layers:
-        g, o, i, taps = la.weight.shape
-        st = channels.get(str(la.node.inputs[0].name))
-        power = (
-            (st.mean**2 + st.variance).reshape(g, i) if st is not None and st.mean.size == g * i else np.ones((g, i))
-        )
-        imp = importance[id(la)].reshape(g, o)
+    for la in sets.layers:
+        groups, outputs, inputs, taps = la.weight.shape
+        stats = channels.get(str(la.node.inputs[0].name)) if la.node.inputs[0] is not None else None
+        known = stats is not None and stats.mean.size == groups * inputs
+        power = stats.mean**2 + stats.variance if stats is not None and known else np.ones(groups * inputs)
         terms.append(
             LayerTerm(
                 peak=np.abs(la.weight).max(axis=3),
-                power=power * taps,
-                importance=imp,
-                into=index.get(la.in_set),
-                out=index.get(la.out_set),
+                power=power.reshape(groups, inputs) * taps,
+                importance=_even(cost.get(la.out), la.outputs).reshape(groups, outputs),
+                into=index.get(la.into),
+                out=index.get(la.out),
                 per_channel=per_channel,
             )
         )
-    tensors = []
-    seen = set()
-    for value in sets.parent:
-        st = channels.get(str(value.name))
-        r = sets.root(value)
-        if st is None or r not in index or st.mean.size != sizes[index[r]] or id(value) in seen:
-            continue
-        tensors.append(
-            TensorTerm(peak=np.maximum(np.abs(st.low), np.abs(st.high)), importance=importance[r], scales=index[r])
+    return terms
+
+
+def _tensor_terms(
+    sets: Sets, index: Mapping[ir.Value, int], cost: Mapping[ir.Value, Array], channels: Mapping[str, ChannelStats]
+) -> list[TensorTerm]:
+    sizes = {la.out: la.outputs for la in sets.layers}
+    return [
+        TensorTerm(
+            peak=np.maximum(np.abs(stats.low), np.abs(stats.high)),
+            importance=_even(cost.get(root), sizes[root]),
+            scales=index[root],
         )
-    got = balance(sizes, terms, tensors, [Cut(scales=index[r], reached=c) for r, c in cuts.items() if r in index])
-    return dict(zip(free, got))
+        for value, root in sets.root.items()
+        if root in index and (stats := channels.get(str(value.name))) is not None and stats.mean.size == sizes[root]
+    ]
 
 
-def _importance(graph, layers, sets, channels):
-    """What a unit of noise power in each channel costs: travelled back from the outputs, with the mean over channels kept at 1."""
-    by_node = {la.node: la for la in layers}
-    cost: dict[object, Vector] = {}
+def _importance(graph: ir.Graph, sets: Sets) -> dict[ir.Value, Array]:
+    """Return what noise in each channel of a set costs: noise power followed back from the outputs through the layers.
 
-    def of(root, size):
-        g = cost.get(root)
-        if g is None or g.size != size:
-            return np.ones(size)
-        return g / max(g.mean(), 1e-30)
-
-    for node in reversed(list(graph)):
+    Only the differences between the channels of a set count, so means are kept at 1.
+    """
+    cost: dict[ir.Value, Array] = {}
+    by_node = {la.node: la for la in sets.layers}
+    for node in reversed(graph):
         la = by_node.get(node)
         if la is None:
             continue
-        g, o, i, taps = la.weight.shape
-        out = of(la.out_set, g * o)
-        st = channels.get(str(_after(node).name))
-        cost[id(la)] = out
-        back = np.einsum("goit,go->gi", la.weight**2, out.reshape(g, o)).reshape(-1)
-        back = back / max(back.mean(), 1e-30)
-        cost[la.in_set] = cost[la.in_set] + back if la.in_set in cost and cost[la.in_set].size == back.size else back
-    for r in {la.out_set for la in layers}:
-        la = next(x for x in layers if x.out_set == r)
-        cost[r] = of(r, la.weight.shape[0] * la.weight.shape[1])
+        groups, outputs, inputs, _ = la.weight.shape
+        out = _even(cost.get(la.out), la.outputs).reshape(groups, outputs)
+        back = _even(np.einsum("goit,go->gi", la.weight**2, out).reshape(-1), groups * inputs)
+        known = cost.get(la.into)
+        cost[la.into] = back if known is None or known.size != back.size else known + back
     return cost
 
 
-def _after(node):
-    return node.outputs[0]
+def _even(cost: Array | None, size: int) -> Array:
+    """Return `cost` with mean 1, or ones where it is not known."""
+    if cost is None or cost.size != size or not cost.mean() > 0:
+        return np.ones(size)
+    return np.asarray(cost / cost.mean())
 
 
-def _move_bound(clip: ir.Node, scales: Vector | None, reached: Vector | None, *, lift: bool) -> None:
-    """Let `clip` cut where its scaled channels are to be cut, or nowhere."""
-    bound, graph = _clip_bound(clip), clip.graph
-    if scales is None or bound is None or not isinstance(graph, ir.Graph):
-        return
-    if lift or reached is None:
+def _move_bound(graph: ir.Graph, clip: ir.Node, reached: Array | None, scales: Array) -> None:
+    """Let `clip` cut where its scaled channels are cut, or nowhere."""
+    bound = clip_bound(clip)
+    if reached is None or bound is None:
         relu = ir.node("Relu", [clip.inputs[0]], name=clip.name)
         relu.outputs[0].type, relu.outputs[0].shape = clip.outputs[0].type, clip.outputs[0].shape
         graph.insert_before(clip, relu)
         remove_in_favour_of(clip, relu.outputs[0])
     else:
-        moved = np.float32((reached * bound / scales).max())
-        clip.replace_input_with(2, add_initializer(graph, f"{node_name(clip)}.bound", np.array(moved)))
+        moved = np.array((reached * bound / scales).max(), np.float32)
+        clip.replace_input_with(2, add_initializer(graph, f"{node_name(clip)}.bound", moved))
 
 
-def _scale_layer(graph: ir.Graph, layer: _Layer, scales: Mapping[ir.Value, Vector]) -> None:
-    """Divide the outputs of `layer` by the scales of its output set and multiply its inputs by those of its input."""
-    node, matrix = layer.node, layer.weight
-    groups, outputs, inputs, _ = matrix.shape
-    out = scales.get(layer.out_set, np.ones(groups * outputs))
-    into = scales.get(layer.in_set, np.ones(groups * inputs))
-    if (out == 1).all() and (into == 1).all():
-        return
-    old, name = constant_array(node.inputs[1]), node_name(node)
-    assert old is not None  # noqa: S101 - _layer has looked
-    scaled = matrix / out.reshape(groups, outputs, 1, 1) * into.reshape(groups, 1, inputs, 1)
-    node.replace_input_with(1, add_initializer(graph, f"{name}.weight_equalized", _stored(node, scaled, old.shape)))
+def _scale_layer(graph: ir.Graph, la: SetLayer, scales: Mapping[ir.Value, Array]) -> bool:
+    """Divide the outputs of `la` by the scales behind it, multiply its inputs by those before it; say if it changed."""
+    if la.out not in scales and la.into not in scales:
+        return False
+    node, name = la.node, node_name(la.node)
+    groups, outputs, inputs, _ = la.weight.shape
+    out = scales.get(la.out, np.ones(groups * outputs))
+    into = scales.get(la.into, np.ones(groups * inputs))
+    matrix = la.weight / out.reshape(groups, outputs, 1, 1) * into.reshape(groups, 1, inputs, 1)
+    node.replace_input_with(1, add_initializer(graph, f"{name}.weight_equalized", stored_weight(node, matrix)))
     bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
     if bias is not None:
         moved = (bias.astype(np.float64).reshape(-1) / out).astype(np.float32)
         node.replace_input_with(2, add_initializer(graph, f"{name}.bias_equalized", moved))
+    return True

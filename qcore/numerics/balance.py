@@ -1,28 +1,29 @@
 """Channel scales that make a chain of layers lose least to quantization: a convex problem in their logarithms.
 
 Dividing channel i of an activation by `s_i = exp(t_i)` divides the layers that make it and multiplies the layers that
-read it. Quantization with one step per tensor adds noise of power `step^2 / 12` to every weight and every value. With
-`step = max / levels`, the noise that a layer's weights add to its outputs, and that an activation adds to its readers,
-are sums of products of powers of the s (posynomials), so their logarithms are convex in t; so is the sum of
-logarithms over all layers and tensors, which is minimized here. Each term is thereby counted relative to itself: no layer is traded away
-because the estimate of how errors travel favours another.
+read it. One step for a whole tensor, `step = max / levels`, adds noise of power `step^2 / 12` to every weight or value.
+What that costs is a sum of products of powers of the s (a posynomial), so its logarithm is convex in t, and so is the
+sum of these logarithms over all layers and tensors, which is minimized. Every layer and tensor counts relative to
+itself: none is traded away because an estimate of how errors travel favours another.
 
-The maximum is a p-norm here, to have derivatives. Source: the noise model is Krishnamoorthi 2018 (arXiv 1806.08342)
-section 3; balancing channels is Nagel et al. 2019 (arXiv 1906.04721), eq. 11, which is the case of two layers without
-activation noise; geometric programming: Boyd et al. 2007.
+Source: noise model of Krishnamoorthi 2018 (arXiv 1806.08342) section 3; Nagel et al. 2019 (arXiv 1906.04721) eq. 11 is
+the case of two layers without activation noise; geometric programming: Boyd et al. 2007, Optim. Eng. 8. The maximum is
+a p-norm here, to have derivatives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-Vector = NDArray[np.float64]
+Array = NDArray[np.float64]
 P = 16.0
-RIDGE = 1e-4
+RIDGE = 1e-4  # holds the scales of channels that no term speaks of
 ITERATIONS = 80
+REACHED = 0.999  # of a bound: rounding in the runtime must not hide that a channel was cut
+TINY = 1e-300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,13 +31,13 @@ class LayerTerm:
     """The noise of one layer's weights.
 
     `peak` (groups, outputs, inputs) is the largest |weight| over the taps; `power` (groups, inputs) the mean square of
-    each input; `importance` (groups, outputs) what noise in each output costs. `into` and `out` are the indices of the
-    scale vectors on its two sides, or None where they are fixed at 1. `per_channel` means a step for each output.
+    each input times the taps; `importance` (groups, outputs) what noise in each output costs. `into` and `out` are the
+    indices of the scale vectors on its two sides, None where they are 1. `per_channel` means a step for each output.
     """
 
-    peak: NDArray[np.float64]
-    power: NDArray[np.float64]
-    importance: NDArray[np.float64]
+    peak: Array
+    power: Array
+    importance: Array
     into: int | None
     out: int | None
     per_channel: bool
@@ -46,103 +47,87 @@ class LayerTerm:
 class TensorTerm:
     """The noise of one activation: the largest |value| of each channel, what noise costs, and its scale vector."""
 
-    peak: Vector
-    importance: Vector
+    peak: Array
+    importance: Array
     scales: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cut:
-    """A bound that channels of scale vector `scales` share: `reached` in [0, 1] is how far each channel goes."""
-
-    scales: int
-    reached: Vector
 
 
 def balance(
-    sizes: Sequence[int], layers: Sequence[LayerTerm], tensors: Sequence[TensorTerm], cuts: Sequence[Cut], joint=False
-) -> list[Vector]:
-    """Return the scale vectors (all positive)."""
-    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
-    pins = {c.scales: c.reached for c in cuts}
-    floors = [(None, None)] * int(starts[-1])
-    for k, reached in pins.items():
-        if (reached >= 0.999).any():
-            for i, r in enumerate(reached):
-                floors[starts[k] + i] = (0.0, 0.0 if r >= 0.999 else None)
+    sizes: Sequence[int], layers: Sequence[LayerTerm], tensors: Sequence[TensorTerm], reached: Mapping[int, Array]
+) -> list[Array]:
+    """Return the scale vectors, all positive.
 
-    def expand(u):
-        ts = []
-        for k in range(len(sizes)):
-            t = u[starts[k] : starts[k + 1]]
-            if k in pins and (pins[k] >= 0.999).any():
-                t = t + np.log(np.maximum(pins[k], 1e-6))
-            ts.append(t)
-        return ts
+    Args:
+        sizes: channels of each scale vector.
+        layers: terms of the weights.
+        tensors: terms of the activations.
+        reached: for scale vectors behind a common bound, how far each channel goes, in [0, 1]. Channels that reach it
+            share one scale, and no other channel is scaled up beyond it.
+    """
+    cut = {k: r for k, r in reached.items() if (r >= REACHED).any()}
+    ends = np.cumsum(sizes)[:-1]
+    offsets = [np.log(np.maximum(cut[k], 1e-6)) if k in cut else np.zeros(n) for k, n in enumerate(sizes)]
+    bounds: list[tuple[float | None, float | None]] = []
+    for k, n in enumerate(sizes):
+        bounds += [(0.0, 0.0 if r >= REACHED else None) for r in cut[k]] if k in cut else [(None, None)] * n
+    steep = [np.power(la.peak / max(float(la.peak.max()), TINY), P).astype(np.float32) for la in layers]
 
-    pw = [np.power(l.peak / max(l.peak.max(), 1e-30), P).astype(np.float32) for l in layers]
+    def logs(u: Array) -> list[Array]:
+        return [part + offset for part, offset in zip(np.split(u, ends), offsets, strict=True)]
 
-    def cost(u):
-        ts = expand(u)
-        grads = [np.zeros_like(t) for t in ts]
-        total = 0.0
-        J = []
-        for l, m in zip(layers, pw):
-            g, o, i = l.peak.shape
-            tin = ts[l.into].reshape(g, i) if l.into is not None else np.zeros((g, i))
-            tout = ts[l.out].reshape(g, o) if l.out is not None else np.zeros((g, o))
-            v = np.exp(P * tin)
-            w = np.exp(-P * tout)
-            pv = l.power * np.exp(-2 * tin)
-            noise = pv.sum(1, keepdims=True)  # (g,1)
-            imp = l.importance * np.exp(2 * tout)
-            if l.per_channel:
-                s = (m @ v[:, :, None])[:, :, 0] + 1e-300  # step_o^P without w
-                d2 = np.exp(2 / P * np.log(s))
-                terms = l.importance * d2 * noise
-                T = terms.sum()
-                if T <= 0:
-                    continue
-                gi = ((terms * 2 / s)[:, None, :] @ m)[:, 0, :] * v - 2 * pv * (l.importance * d2).sum(1, keepdims=True)
-                go = None
-            else:
-                a = (m @ v[:, :, None])[:, :, 0]
-                S = (w * a).sum() + 1e-300
-                d2 = np.exp(2 / P * np.log(S))
-                N = (imp.sum(1, keepdims=True) * noise).sum()
-                T = d2 * N
-                if T <= 0:
-                    continue
-                gi = T * 2 / S * v * (w[:, None, :] @ m)[:, 0, :] - 2 * d2 * pv * imp.sum(1, keepdims=True)
-                go = -T * 2 / S * w * a + 2 * d2 * imp * noise
-            total += np.log(T)
-            if l.into is not None:
-                grads[l.into] += (gi / T).reshape(-1)
-            if l.out is not None and go is not None:
-                grads[l.out] += (go / T).reshape(-1)
-        for x in tensors:
-            t = ts[x.scales]
-            pk = x.peak / max(x.peak.max(), 1e-30)
-            e = np.power(pk, P) * np.exp(-P * t)
-            S = e.sum() + 1e-300
-            d2 = np.exp(2 / P * np.log(S))
-            q = x.importance * np.exp(2 * t)
-            N = q.sum()
-            T = d2 * N
-            if T <= 0:
-                continue
-            total += np.log(T)
-            grads[x.scales] += -2 * e / S + 2 * q / N
-        g = np.concatenate(grads) if grads else np.zeros(0)
-        g = g + 2 * RIDGE * u
-        return total + RIDGE * float(u @ u), g
+    def cost(u: Array) -> tuple[float, Array]:
+        t = logs(u)
+        slopes = [np.zeros_like(part) for part in t]
+        total = sum(_layer_cost(la, m, t, slopes) for la, m in zip(layers, steep, strict=True))
+        total += sum(_tensor_cost(x, t[x.scales], slopes[x.scales]) for x in tensors)
+        return total + RIDGE * float(u @ u), np.concatenate(slopes) + 2 * RIDGE * u
 
-    u0 = np.zeros(int(starts[-1]))
-    for k, reached in pins.items():
-        if (reached >= 0.999).any():
-            u0[starts[k] : starts[k + 1]] = -np.log(np.maximum(reached, 1e-6))
-    r = minimize(
-        cost, u0, jac=True, method="L-BFGS-B", bounds=floors, options={"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS}
-    )
-    balance.info = (cost(u0)[0], r.fun, r.nit)
-    return [np.exp(t) for t in expand(r.x)]
+    start = -np.concatenate(offsets)  # scales of 1
+    found = minimize(cost, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": ITERATIONS})
+    return [np.exp(part) for part in logs(found.x)]
+
+
+def _layer_cost(la: LayerTerm, steep: NDArray[np.float32], t: list[Array], slopes: list[Array]) -> float:
+    """Return the logarithm of what the weights of `la` cost, and add its derivatives to `slopes`."""
+    groups, outputs, inputs = la.peak.shape
+    into = t[la.into].reshape(groups, inputs) if la.into is not None else np.zeros((groups, inputs))
+    out = t[la.out].reshape(groups, outputs) if la.out is not None else np.zeros((groups, outputs))
+    grown = np.exp(P * into)
+    power = la.power * np.exp(-2 * into)
+    noise = power.sum(axis=1, keepdims=True)
+    rows = (steep @ grown[:, :, None])[:, :, 0]
+    if la.per_channel:  # the step of an output is divided by its scale, and its cost multiplied: both cancel
+        terms = la.importance * np.exp(2 / P * np.log(rows + TINY))
+        total = float((terms * noise).sum())
+        pull = terms * noise * (2 / (rows + TINY))
+        shrink = 2 * power * terms.sum(axis=1, keepdims=True)
+        rise = np.zeros_like(out)
+    else:
+        shrunk = np.exp(-P * out)
+        norm = float((shrunk * rows).sum()) + TINY
+        square = float(np.exp(2 / P * np.log(norm)))
+        weight = la.importance * np.exp(2 * out)
+        total = square * float((weight.sum(axis=1, keepdims=True) * noise).sum())
+        pull = total * 2 / norm * shrunk
+        shrink = 2 * square * power * weight.sum(axis=1, keepdims=True)
+        rise = 2 * square * weight * noise - pull * rows
+    if total <= 0:
+        return 0.0
+    if la.into is not None:
+        back = (pull[:, None, :] @ steep)[:, 0, :] * grown - shrink
+        slopes[la.into] += back.reshape(-1) / total
+    if la.out is not None:
+        slopes[la.out] += rise.reshape(-1) / total
+    return float(np.log(total))
+
+
+def _tensor_cost(x: TensorTerm, t: Array, slope: Array) -> float:
+    """Return the logarithm of what rounding the values of `x` costs, and add its derivatives to `slope`."""
+    parts = np.power(x.peak / max(float(x.peak.max()), TINY), P) * np.exp(-P * t)
+    norm = float(parts.sum()) + TINY
+    weight = x.importance * np.exp(2 * t)
+    total = float(np.exp(2 / P * np.log(norm)) * weight.sum())
+    if total <= 0:
+        return 0.0
+    slope += 2 * weight / weight.sum() - 2 * parts / norm
+    return float(np.log(total))

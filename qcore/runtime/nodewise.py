@@ -6,14 +6,17 @@ each layer anew would cost one per layer. A unit is a node with the DequantizeLi
 activation and QuantizeLinear behind it, so what is kept between units are integers, a byte per value.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnxruntime as ort
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import numpy_helper
+
+from qcore.errors import ModelError
+from qcore.runtime.ort import Predict, load_as_written, load_unfused
 
 Array = NDArray[np.generic]
 TRAILING = ("Relu", "Clip", "QuantizeLinear")
@@ -30,7 +33,11 @@ class Unit:
 
 @dataclass(slots=True)
 class Walk:
-    """How far a graph has been run: the tensors that later units still need, one array per batch."""
+    """How far a graph has been run.
+
+    `constants` may be replaced for units that have not run yet; `tensors` are what later units still need, one array
+    per batch.
+    """
 
     model: onnx.ModelProto
     constants: dict[str, Array]
@@ -39,40 +46,52 @@ class Walk:
     last_use: dict[str, int]
     tensors: dict[str, list[Array]]
     position: int = 0
-    dequantizers: dict[str, onnx.NodeProto] = field(default_factory=dict)
 
 
 def start_walk(model: onnx.ModelProto, batches: Sequence[Mapping[str, Array]]) -> Walk:
     """Return a walk at the graph's inputs.
 
     Args:
-        model: a QDQ model without Constant nodes; only read.
+        model: a QDQ model whose constants are initializers; only read.
         batches: named inputs of each batch.
     """
-    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    constants: dict[str, Array] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     makers = {o: n for n in model.graph.node for o in n.output if o}
-    units = _units(model.graph, constants, makers)
-    last_use = {name: k for k, unit in enumerate(units) for name in unit.reads}
-    tensors = {i.name: [b[i.name] for b in batches] for i in model.graph.input if i.name not in constants}
-    return Walk(model, constants, makers, units, last_use, tensors)
+    units = _units(model.graph, constants.keys(), makers)
+    return Walk(
+        model=model,
+        constants=constants,
+        makers=makers,
+        units=units,
+        last_use={name: k for k, unit in enumerate(units) for name in unit.reads},
+        tensors={i.name: [b[i.name] for b in batches] for i in model.graph.input if i.name not in constants},
+    )
 
 
 def inputs_of(walk: Walk, layer: str) -> Iterator[Array]:
-    """Run every unit before the node `layer` and return its first input, dequantized, batch by batch."""
-    while layer not in (names := {n.name for n in walk.units[walk.position].nodes}):
+    """Run every unit before the node called `layer` and yield its first input, dequantized, batch by batch.
+
+    Raises:
+        ModelError: the runtime cannot run a unit, or the node does not exist or has run already.
+    """
+    while walk.position < len(walk.units):
+        node = next((n for n in walk.units[walk.position].nodes if n.name == layer), None)
+        if node is not None:
+            break
         _run_unit(walk)
-    del names
-    node = next(n for n in walk.units[walk.position].nodes if n.name == layer)
+    else:
+        raise ModelError(f"node {layer!r} does not come up; allowed: nodes of the quantized graph, in graph order")
     source = walk.makers.get(node.input[0])
     if source is None or source.op_type != "DequantizeLinear":
         yield from walk.tensors[node.input[0]]
         return
-    scale, zero = (walk.constants[n].astype(np.float32) for n in source.input[1:3])
+    scale = walk.constants[source.input[1]].astype(np.float32)
+    zero = walk.constants[source.input[2]].astype(np.float32) if len(source.input) > 2 else np.float32(0)
     for stored in walk.tensors[source.input[0]]:
         yield (stored.astype(np.float32) - zero) * scale
 
 
-def _units(graph: onnx.GraphProto, constants: Mapping[str, Array], makers: Mapping[str, onnx.NodeProto]) -> list[Unit]:
+def _units(graph: onnx.GraphProto, constants: Collection[str], makers: Mapping[str, onnx.NodeProto]) -> list[Unit]:
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -81,17 +100,10 @@ def _units(graph: onnx.GraphProto, constants: Mapping[str, Array], makers: Mappi
     taken: set[str] = set()
     units = []
     for node in graph.node:
-        final = node.op_type == "DequantizeLinear" and node.output[0] in outputs
-        if node.output[0] in taken or (node.op_type == "DequantizeLinear" and not final):
+        inner = node.op_type == "DequantizeLinear" and node.output[0] not in outputs
+        if node.output[0] in taken or inner:
             continue
-        chain = [node]
-        while len(chain[-1].output) == 1 and chain[-1].output[0] not in outputs:
-            after = readers.get(chain[-1].output[0], [])
-            if len(after) != 1 or after[0].op_type not in TRAILING or after[0].input[0] != chain[-1].output[0]:
-                break
-            chain.append(after[0])
-            if after[0].op_type == "QuantizeLinear":
-                break
+        chain = _chain(node, readers, outputs)
         taken.update(o for n in chain for o in n.output)
         feeding = {
             name: makers[name]
@@ -106,29 +118,38 @@ def _units(graph: onnx.GraphProto, constants: Mapping[str, Array], makers: Mappi
     return units
 
 
+def _chain(
+    node: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]], outputs: set[str]
+) -> list[onnx.NodeProto]:
+    """Return `node` and what follows it alone, up to its QuantizeLinear."""
+    chain = [node]
+    while len(chain[-1].output) == 1 and chain[-1].output[0] not in outputs:
+        after = readers.get(chain[-1].output[0], [])
+        if len(after) != 1 or after[0].op_type not in TRAILING or after[0].input[0] != chain[-1].output[0]:
+            break
+        chain.append(after[0])
+        if after[0].op_type == "QuantizeLinear":
+            break
+    return chain
+
+
 def _run_unit(walk: Walk) -> None:
     unit = walk.units[walk.position]
+    needed = dict.fromkeys(i for n in unit.nodes for i in n.input if i in walk.constants)
     graph = onnx.helper.make_graph(
         list(unit.nodes),
         "unit",
         [_port(name, walk.tensors[name][0]) for name in unit.reads],
         [onnx.ValueInfoProto(name=name) for name in unit.writes],
-        [
-            numpy_helper.from_array(walk.constants[name], name)
-            for name in dict.fromkeys(i for n in unit.nodes for i in n.input if i in walk.constants)
-        ],
+        [numpy_helper.from_array(walk.constants[name], name) for name in needed],
     )
     proto = onnx.helper.make_model(graph, opset_imports=walk.model.opset_import, ir_version=walk.model.ir_version)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # sessions are many and short-lived
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # the arithmetic of the file itself
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    made: list[list[Array]] = [[] for _ in unit.writes]
-    for k in range(len(next(iter(walk.tensors.values())))):
-        for values, value in zip(made, session.run(list(unit.writes), {n: walk.tensors[n][k] for n in unit.reads})):
-            values.append(value)
-    walk.tensors.update(zip(unit.writes, made))
+    predict = load_as_written(proto.SerializeToString(), name=f"node {unit.nodes[-1].name}").predict
+    if unit.reads:
+        made = [predict({n: walk.tensors[n][k] for n in unit.reads}) for k in range(len(walk.tensors[unit.reads[0]]))]
+        walk.tensors.update({name: [m[name] for m in made] for name in unit.writes})
+    else:
+        walk.constants.update(predict({}))
     for name in unit.reads:
         if walk.last_use[name] == walk.position:
             del walk.tensors[name]
@@ -137,3 +158,11 @@ def _run_unit(walk: Walk) -> None:
 
 def _port(name: str, value: Array) -> onnx.ValueInfoProto:
     return onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), None)
+
+
+def expose(model: ir.Model, names: Sequence[str]) -> Predict:
+    """Return a function from named inputs to the tensors `names` of `model`."""
+    proto = ir.serde.serialize_model(model)
+    present = {o.name for o in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in present)
+    return load_unfused(proto.SerializeToString()).predict

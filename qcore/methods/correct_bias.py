@@ -1,0 +1,74 @@
+"""Bias correction: the mean of every output channel is what it was before quantization.
+
+`empirical` takes the inputs that a layer gets in the quantized graph, layer after layer, so earlier errors are
+made good too. `analytic` takes the means of the float inputs from statistics: no pass through the quantized graph.
+
+Source: Nagel et al. 2019 (arXiv 1906.04721) section 4.2; Finkelstein et al. 2019 (arXiv 1906.03193).
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from pydantic import Field
+
+from qcore.config import Config
+from qcore.graph.edit import editable_copy
+from qcore.graph.grid import LAYERS, grid_nodes, matrix_of, replace_layer, scale_of
+from qcore.graph.rewrite import Rewrite, Skipped
+from qcore.graph.traverse import constant_array, node_name
+from qcore.numerics.channels import ChannelStats
+from qcore.numerics.refine import GridLayer, LayerMoments, corrected_bias
+
+Array = NDArray[np.float64]
+
+
+class CorrectBiasStep(Config):
+    """Options of the recipe step `correct-bias`.
+
+    `samples` of the calibration split are run and `positions` outputs of each convolution looked at, in `empirical`.
+    """
+
+    method: Literal["correct-bias"] = "correct-bias"
+    kind: Literal["empirical", "analytic"] = "empirical"
+    samples: int = Field(default=64, ge=1)
+    positions: int = Field(default=64, ge=1)
+
+
+def correct_bias(layer: GridLayer, moments: LayerMoments) -> tuple[Array, Array]:
+    """Return the integers of `layer` as they are, and the bias that restores its means."""
+    return layer.integers, corrected_bias(layer.integers, layer.scale, moments)
+
+
+def correct_bias_analytically(
+    quantized: ir.Model, reference: ir.Model, channels: Mapping[str, ChannelStats]
+) -> Rewrite:
+    """Return `quantized` with biases that make up for the error of its weights at the mean input.
+
+    Args:
+        quantized: QDQ model.
+        reference: the float model that it was made from.
+        channels: statistics of the float inputs of layers by tensor name; layers without are skipped.
+    """
+    out = editable_copy(quantized)
+    floats = {node_name(n): n for n in editable_copy(reference).graph if n.op_type in LAYERS}
+    layers, skipped = grid_nodes(out.graph, floats)
+    changed = []
+    for layer in layers:
+        node = floats[node_name(layer.node)]
+        wanted = matrix_of(layer, constant_array(node.inputs[1]))
+        stats = channels.get(str(node.inputs[0].name)) if node.inputs[0] is not None else None
+        groups, _, inputs = wanted.shape
+        if stats is None or inputs % (stats.mean.size // groups or 1) or stats.mean.size < groups:
+            skipped.append(Skipped(node=node_name(node), op_type=node.op_type, reason="its input was not measured"))
+            continue
+        mean = np.repeat(stats.mean.reshape(groups, -1), inputs * groups // stats.mean.size, axis=1)
+        integers = matrix_of(layer, constant_array(layer.weight)) - layer.zero
+        error = integers * scale_of(layer, wanted.shape)[:, :, None] - wanted
+        bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+        before = np.zeros(wanted.shape[:2]) if bias is None else bias.astype(np.float64).reshape(wanted.shape[:2])
+        replace_layer(layer, integers, before - (error @ mean[:, :, None])[:, :, 0])
+        changed.append(node_name(layer.node))
+    return Rewrite(model=out, changed=tuple(changed), skipped=tuple(skipped))

@@ -1,0 +1,114 @@
+"""Layer-wise refinement of a quantized model: every layer in turn, seeing the inputs that it really gets.
+
+The float model says what each layer's outputs should be; the quantized model is run unit by unit, and each layer's
+integers and bias are replaced before the units behind it run. Nothing here decides whether the result is better.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcore.graph.edit import editable_copy
+from qcore.graph.grid import LAYERS, GridNode, grid_nodes, matrix_of, replace_layer, scale_of
+from qcore.graph.rewrite import Rewrite
+from qcore.graph.traverse import constant_array, ints_attribute, node_name
+from qcore.numerics.refine import GridLayer, LayerMoments, MomentSums
+from qcore.numerics.windows import Window, windows_at
+from qcore.runtime.nodewise import Walk, expose, inputs_of, start_walk
+
+Array = NDArray[np.float64]
+Tensors = Mapping[str, NDArray[np.generic]]
+Refine = Callable[[GridLayer, LayerMoments], tuple[Array, Array]]
+"""From a layer and its moments to its integers (groups, outputs, inputs) and its bias (groups, outputs)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Wanted:
+    """Sampled float outputs of one layer in one batch: `y` (rows, outputs), and where they are in a feature map."""
+
+    y: NDArray[np.float32]
+    rows: NDArray[np.int64] | None
+    columns: NDArray[np.int64] | None
+
+
+def refine_layers(
+    quantized: ir.Model, reference: ir.Model, samples: Sequence[Tensors], refine: Refine, positions: int
+) -> Rewrite:
+    """Return `quantized` with every layer refined; `changed` names the layers.
+
+    Args:
+        quantized: QDQ model.
+        reference: the float model that it was made from, with the same node names.
+        samples: named inputs of each batch.
+        refine: what becomes of a layer.
+        positions: how many output positions of each sample of a convolution are looked at.
+    """
+    out = editable_copy(quantized)
+    floats = {node_name(n): n for n in editable_copy(reference).graph if n.op_type in LAYERS}
+    layers, skipped = grid_nodes(out.graph, floats)
+    wanted = _wanted(reference, {node_name(la.node): floats[node_name(la.node)] for la in layers}, samples, positions)
+    walk = start_walk(ir.serde.serialize_model(out), samples)
+    for layer in layers:
+        name = node_name(layer.node)
+        matrix = matrix_of(layer, constant_array(floats[name].inputs[1]))
+        grid = GridLayer(
+            wanted=matrix,
+            integers=matrix_of(layer, constant_array(layer.weight)) - layer.zero,
+            scale=scale_of(layer, matrix.shape),
+        )
+        integers, bias = refine(grid, _moments(walk, layer, wanted[name], matrix.shape))
+        walk.constants.update(replace_layer(layer, integers, bias))
+    return Rewrite(model=out, changed=tuple(node_name(la.node) for la in layers), skipped=tuple(skipped))
+
+
+def _wanted(
+    reference: ir.Model, layers: Mapping[str, ir.Node], samples: Sequence[Tensors], positions: int
+) -> dict[str, list[_Wanted]]:
+    """Return the float outputs of every layer at sampled positions, batch by batch."""
+    outputs = {name: str(node.outputs[0].name) for name, node in layers.items()}
+    predict = expose(reference, tuple(outputs.values()))
+    wanted: dict[str, list[_Wanted]] = {name: [] for name in layers}
+    for k, batch in enumerate(samples):
+        made = predict(batch)
+        for name, output in outputs.items():
+            y = made[output].astype(np.float32, copy=False)
+            if layers[name].op_type != "Conv":
+                wanted[name].append(_Wanted(y=np.array(y.reshape(-1, y.shape[-1])), rows=None, columns=None))
+                continue
+            n, channels, height, width = y.shape
+            rng = np.random.default_rng([zlib.crc32(name.encode()), k])
+            chosen = np.stack([rng.permutation(height * width)[:positions] for _ in range(n)])
+            picked = np.take_along_axis(y.reshape(n, channels, -1), chosen[:, None, :], axis=2).transpose(0, 2, 1)
+            wanted[name].append(_Wanted(y=picked.reshape(-1, channels), rows=chosen // width, columns=chosen % width))
+    return wanted
+
+
+def _moments(walk: Walk, layer: GridNode, wanted: Sequence[_Wanted], shape: tuple[int, ...]) -> LayerMoments:
+    groups, outputs, inputs = shape
+    sums = MomentSums(groups, outputs, inputs)
+    for x, w in zip(inputs_of(walk, layer.node.name or ""), wanted, strict=True):
+        y = w.y.reshape(-1, groups, outputs).transpose(1, 0, 2)
+        sums.add(_rows(layer, np.asarray(x, np.float32), w), np.ascontiguousarray(y))
+    return sums.moments()
+
+
+def _rows(layer: GridNode, x: NDArray[np.float32], wanted: _Wanted) -> NDArray[np.float32]:
+    """Return what each sampled output sees, (groups, rows, inputs)."""
+    if wanted.rows is None or wanted.columns is None:
+        return x.reshape(1, -1, x.shape[-1])
+    kernel = constant_array(layer.weight)
+    assert kernel is not None  # noqa: S101 - an initializer
+    top, left, bottom, right = ints_attribute(layer.node, "pads") or (0, 0, 0, 0)
+    strides = ints_attribute(layer.node, "strides") or (1, 1)
+    dilations = ints_attribute(layer.node, "dilations") or (1, 1)
+    window = Window(
+        kernel=(kernel.shape[2], kernel.shape[3]),
+        strides=(strides[0], strides[1]),
+        pads=(top, left, bottom, right),
+        dilations=(dilations[0], dilations[1]),
+    )
+    return windows_at(x, window, wanted.rows, wanted.columns, layer.groups)
