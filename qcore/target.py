@@ -11,6 +11,7 @@ from qcore.errors import ConfigError
 from qcore.numerics.affine import QScheme
 
 PROFILES = Path(__file__).with_name("targets")
+TARGET_KEY = "qcore.target"  # metadata of a model file: the profile that it was quantized for
 
 
 class TargetProfile(Config):

@@ -33,9 +33,8 @@ from qcore.graph.traverse import (
 )
 from qcore.numerics.affine import TINY_SCALE, Float, QParams, QScheme, channel_range, qparams_from_range, quantize_array
 from qcore.numerics.stats import RangeRule, range_from_stats
-from qcore.target import TargetProfile
+from qcore.target import TARGET_KEY, TargetProfile
 
-TARGET_KEY = "qcore.target"
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 ABSORBED = ("Relu", "Clip")
 FLOAT_TAIL = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Softmax", "LogSoftmax")
