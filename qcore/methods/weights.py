@@ -1,7 +1,7 @@
 """Weight-only quantization: integer weights in the file, float activations; no calibration and no data.
 
 Matrices are quantized block by block (`form: nbits`, one node of com.microsoft) or behind a standard DequantizeLinear
-(`form: qdq`); convolutions per channel behind a DequantizeLinear; embedding tables row by row, so that only the rows
+(`form: qdq`); convolutions behind a DequantizeLinear, in blocks of input channels for 4 bits, else per channel; embedding tables row by row, so that only the rows
 that are looked up are dequantized. Files shrink to about a quarter or an eighth; whether the model is faster depends
 on the runtime's kernels (docs/benchmarks.md).
 
@@ -40,7 +40,8 @@ class QuantizeWeightsStep(Config):
     `operators` are quantized, `exclude` names nodes that are not. `block_size` counts weights along the input
     channels that share a scale; null is one scale per output channel, which only `form: qdq` can write.
     `accuracy_level` is what MatMulNBits multiplies in: 4 int8, 1 float32, 0 the runtime's choice. `scales: mse`
-    searches the scale with the least squared error.
+    searches the scale with the least squared error. Depthwise convolutions keep `depthwise_bits`: they hold few weights
+    and lose the most.
     """
 
     method: Literal["quantize-weights"] = "quantize-weights"
@@ -48,6 +49,7 @@ class QuantizeWeightsStep(Config):
     bits: Literal[4, 8] = 4
     block_size: Literal[16, 32, 64, 128] | None = 32
     form: Literal["nbits", "qdq"] = "nbits"
+    depthwise_bits: Literal[4, 8] = 8
     symmetric: bool = True
     accuracy_level: Literal[0, 1, 4] = 4
     scales: Literal["mse", "min-max"] = "mse"
@@ -62,12 +64,13 @@ class QuantizeWeightsStep(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Layer:
-    """A node, the input that holds its weights, these weights, and how they will be written."""
+    """A node, the input that holds its weights, these weights, and how they will be written in how many bits."""
 
     node: ir.Node
     index: int
     weight: Float32
     written: Written
+    bits: Literal[4, 8]
 
 
 def quantize_weights(model: ir.Model, step: QuantizeWeightsStep) -> Rewrite:
@@ -80,7 +83,7 @@ def quantize_weights(model: ir.Model, step: QuantizeWeightsStep) -> Rewrite:
     """
     out = editable_copy(model)
     layers, skipped = _plan(out.graph, step)
-    if any(_needs_opset_21(layer, step) for layer in layers) and model.opset_imports.get("", 0) < 21:
+    if any(_needs_opset_21(layer) for layer in layers) and model.opset_imports.get("", 0) < 21:
         out = editable_copy(raise_opset(model, 21))
         layers, skipped = _plan(out.graph, step)
     if not layers:
@@ -137,15 +140,18 @@ def _layer(node: ir.Node, step: QuantizeWeightsStep) -> _Layer | str:
     written = _form(node, weight, step)
     if written not in ("nbits", "blocks", "channels", "rows", "row-blocks"):
         return written
-    if _stored_bytes(weight, written, step) + _NODE_BYTES >= weight.nbytes:
+    bits = step.depthwise_bits if step.bits == 4 and _is_depthwise(node, weight) else step.bits
+    if _stored_bytes(weight, written, bits, step) + _NODE_BYTES >= weight.nbytes:
         return f"{weight.size} weights would not get smaller"
-    return _Layer(node=node, index=index, weight=weight, written=written)
+    return _Layer(node=node, index=index, weight=weight, written=written, bits=bits)
 
 
 def _form(node: ir.Node, weight: Float32, step: QuantizeWeightsStep) -> Written | str:
     """Return how the weights are written, or the reason why they cannot be."""
     if node.op_type == "Gather":
         return _table_form(node, weight, step)
+    if node.op_type == "Conv" and step.bits == 4 and step.block_size is not None:
+        return "blocks" if weight.shape[1] >= step.block_size else "channels"
     if node.op_type in ("Conv", "ConvTranspose") or weight.ndim != 2 or step.block_size is None:
         return "channels"
     if step.form == "qdq":
@@ -170,17 +176,21 @@ def _table_form(node: ir.Node, weight: Float32, step: QuantizeWeightsStep) -> Wr
     return "rows" if step.bits == 8 else "ONNX has no Gather of 4-bit tensors; use form nbits or 8 bits"
 
 
-def _needs_opset_21(layer: _Layer, step: QuantizeWeightsStep) -> bool:
-    return layer.written == "blocks" or (layer.written == "channels" and step.bits == 4)
+def _is_depthwise(node: ir.Node, weight: Float32) -> bool:
+    return node.op_type == "Conv" and int_attribute(node, "group", 1) > 1 and weight.shape[1] == 1
 
 
-def _stored_bytes(weight: Float32, written: Written, step: QuantizeWeightsStep) -> int:
+def _needs_opset_21(layer: _Layer) -> bool:
+    return layer.written == "blocks" or (layer.written == "channels" and layer.bits == 4)
+
+
+def _stored_bytes(weight: Float32, written: Written, bits: int, step: QuantizeWeightsStep) -> int:
     """Return about how many bytes the integers and scales of `weight` take."""
     size, scales = weight.size, max(weight.shape[:2])
     if written in ("nbits", "blocks", "row-blocks") and step.block_size is not None:
         scales = max(weight.size // step.block_size, min(weight.shape))
         size = max(size, scales * step.block_size) if written == "nbits" else size  # the last block is filled up
-    return size * step.bits // 8 + scales * (4 if step.symmetric else 5)
+    return size * bits // 8 + scales * (4 if step.symmetric else 5)
 
 
 def _write(
@@ -212,7 +222,7 @@ def _write(
 
 def _scheme(layer: _Layer, step: QuantizeWeightsStep, block_size: int) -> BlockScheme:
     return BlockScheme(
-        bits=step.bits,
+        bits=layer.bits,
         block_size=block_size,
         symmetric=step.symmetric,
         signed_scales=layer.written == "nbits",
@@ -316,7 +326,7 @@ def _dequantized(graph: ir.Graph, layer: _Layer, step: QuantizeWeightsStep) -> i
         scale, zero = (np.moveaxis(a.reshape(*rows.shape[:-1], a.shape[-1]), -1, axis) for a in (b.scale, b.zero_point))
     else:
         scale, zero = b.scale[:, 0], b.zero_point[:, 0]
-    dtype = _dtype(step)
+    dtype = _dtype(layer.bits, step.symmetric)
     inputs = [
         add_initializer(graph, f"{name}_quantized", integers.astype(dtype)),
         add_initializer(graph, f"{name}_scale", scale),
@@ -337,7 +347,7 @@ def _axis_and_size(layer: _Layer, step: QuantizeWeightsStep) -> tuple[int, int]:
     node, ndim = layer.node, layer.weight.ndim
     transposed = bool(int_attribute(node, "transB", 0))
     if layer.written == "blocks":
-        return (1 if transposed else 0), step.block_size or 0
+        return (1 if transposed or node.op_type == "Conv" else 0), step.block_size or 0
     match node.op_type:
         case "Conv":
             return 0, 0
@@ -349,10 +359,10 @@ def _axis_and_size(layer: _Layer, step: QuantizeWeightsStep) -> tuple[int, int]:
             return ndim - 1, 0
 
 
-def _dtype(step: QuantizeWeightsStep) -> np.dtype[np.generic]:
-    if step.bits == 8:
-        return np.dtype(np.int8 if step.symmetric else np.uint8)
-    return np.dtype(ml_dtypes.int4 if step.symmetric else ml_dtypes.uint4)
+def _dtype(bits: int, symmetric: bool) -> np.dtype[np.generic]:
+    if bits == 8:
+        return np.dtype(np.int8 if symmetric else np.uint8)
+    return np.dtype(ml_dtypes.int4 if symmetric else ml_dtypes.uint4)
 
 
 def _signed(b: Blocks) -> NDArray[np.int8]:
