@@ -8,6 +8,7 @@ devices that have such kernels. Activations beyond 65504 become infinite: exclud
 Source: IEEE 754-2019 binary16; ONNX operator schemas.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -174,7 +175,7 @@ def _reduces(node: ir.Node) -> bool:
     return reduction is not None and reduction.as_string() != "none"
 
 
-def _formal(ports: "list[onnx.defs.OpSchema.FormalParameter]", index: int) -> "onnx.defs.OpSchema.FormalParameter":
+def _formal(ports: "Sequence[onnx.defs.OpSchema.FormalParameter]", index: int) -> "onnx.defs.OpSchema.FormalParameter":
     return ports[min(index, len(ports) - 1)]  # the last one may be variadic
 
 

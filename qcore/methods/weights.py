@@ -1,9 +1,9 @@
 """Weight-only quantization: integer weights in the file, float activations; no calibration and no data.
 
 Matrices are quantized block by block (`form: nbits`, one node of com.microsoft) or behind a standard DequantizeLinear
-(`form: qdq`); convolutions behind a DequantizeLinear, in blocks of input channels for 4 bits, else per channel; embedding tables row by row, so that only the rows
-that are looked up are dequantized. Files shrink to about a quarter or an eighth; whether the model is faster depends
-on the runtime's kernels (docs/benchmarks.md).
+(`form: qdq`); convolutions behind a DequantizeLinear, per channel, or with 4 bits in blocks of input channels;
+embedding tables row by row, so that only the rows that are looked up are dequantized. Files shrink to about a quarter
+or an eighth; whether the model is faster depends on the runtime's kernels.
 
 Source: ONNX DequantizeLinear-13 and -21; com.microsoft MatMulNBits-1 and GatherBlockQuantized-1.
 """
@@ -40,8 +40,8 @@ class QuantizeWeightsStep(Config):
     `operators` are quantized, `exclude` names nodes that are not. `block_size` counts weights along the input
     channels that share a scale; null is one scale per output channel, which only `form: qdq` can write.
     `accuracy_level` is what MatMulNBits multiplies in: 4 int8, 1 float32, 0 the runtime's choice. `scales: mse`
-    searches the scale with the least squared error. Depthwise convolutions keep `depthwise_bits`: they hold few weights
-    and lose the most.
+    searches the least squared error. `conv_bits` is for convolutions, null as `bits`; depthwise ones keep
+    `depthwise_bits`: they hold few weights and lose the most.
     """
 
     method: Literal["quantize-weights"] = "quantize-weights"
@@ -49,6 +49,7 @@ class QuantizeWeightsStep(Config):
     bits: Literal[4, 8] = 4
     block_size: Literal[16, 32, 64, 128] | None = 32
     form: Literal["nbits", "qdq"] = "nbits"
+    conv_bits: Literal[4, 8] | None = None
     depthwise_bits: Literal[4, 8] = 8
     symmetric: bool = True
     accuracy_level: Literal[0, 1, 4] = 4
@@ -138,24 +139,30 @@ def _layer(node: ir.Node, step: QuantizeWeightsStep) -> _Layer | str:
     if not np.isfinite(weight).all():
         return "its weights hold NaN or infinity"
     written = _form(node, weight, step)
-    if written not in ("nbits", "blocks", "channels", "rows", "row-blocks"):
-        return written
-    bits = step.depthwise_bits if step.bits == 4 and _is_depthwise(node, weight) else step.bits
+    if (reason := _form_refusal(node, weight, written, step)) is not None:
+        return reason
+    bits = _bits(node, weight, step)
     if _stored_bytes(weight, written, bits, step) + _NODE_BYTES >= weight.nbytes:
         return f"{weight.size} weights would not get smaller"
     return _Layer(node=node, index=index, weight=weight, written=written, bits=bits)
 
 
-def _form(node: ir.Node, weight: Float32, step: QuantizeWeightsStep) -> Written | str:
-    """Return how the weights are written, or the reason why they cannot be."""
+def _form(node: ir.Node, weight: Float32, step: QuantizeWeightsStep) -> Written:
     if node.op_type == "Gather":
-        return _table_form(node, weight, step)
-    if node.op_type == "Conv" and step.bits == 4 and step.block_size is not None:
+        return "row-blocks" if step.form == "nbits" else "rows"
+    if node.op_type == "Conv" and _bits(node, weight, step) == 4 and step.block_size is not None:
         return "blocks" if weight.shape[1] >= step.block_size else "channels"
     if node.op_type in ("Conv", "ConvTranspose") or weight.ndim != 2 or step.block_size is None:
         return "channels"
-    if step.form == "qdq":
-        return "blocks"
+    return "nbits" if step.form == "nbits" else "blocks"
+
+
+def _form_refusal(node: ir.Node, weight: Float32, written: Written, step: QuantizeWeightsStep) -> str | None:
+    """Return why `node` cannot be written in that form, or None."""
+    if written in ("rows", "row-blocks"):
+        return _table_refusal(node, weight, written, step)
+    if written != "nbits":
+        return None
     source = node.inputs[0]
     if source is not None and source.shape is not None and len(source.shape) < 2:
         return "MatMulNBits needs an input of at least 2 dimensions; use form qdq"
@@ -164,20 +171,25 @@ def _form(node: ir.Node, weight: Float32, step: QuantizeWeightsStep) -> Written 
     has_bias = len(node.inputs) > 2 and node.inputs[2] is not None
     if has_bias and float_attribute(node, "beta", 1.0) != 1.0 and constant_array(node.inputs[2]) is None:
         return "Gemm with beta and a bias that is not a constant; use form qdq"
-    return "nbits"
+    return None
 
 
-def _table_form(node: ir.Node, weight: Float32, step: QuantizeWeightsStep) -> Written | str:
+def _table_refusal(node: ir.Node, weight: Float32, written: Written, step: QuantizeWeightsStep) -> str | None:
     if int_attribute(node, "axis", 0) != 0 or weight.ndim != 2:
         return "it does not look up rows of a matrix"
-    if step.form == "nbits" and step.block_size is not None:
-        fits = weight.shape[1] % step.block_size == 0
-        return "row-blocks" if fits else f"rows of {weight.shape[1]} are not whole blocks of {step.block_size}"
-    return "rows" if step.bits == 8 else "ONNX has no Gather of 4-bit tensors; use form nbits or 8 bits"
+    if written == "row-blocks" and step.block_size is not None and weight.shape[1] % step.block_size != 0:
+        return f"rows of {weight.shape[1]} are not whole blocks of {step.block_size}"
+    if written == "rows" and step.bits == 4:
+        return "ONNX has no Gather of 4-bit tensors; use form nbits or 8 bits"
+    return None
 
 
-def _is_depthwise(node: ir.Node, weight: Float32) -> bool:
-    return node.op_type == "Conv" and int_attribute(node, "group", 1) > 1 and weight.shape[1] == 1
+def _bits(node: ir.Node, weight: Float32, step: QuantizeWeightsStep) -> Literal[4, 8]:
+    if node.op_type not in ("Conv", "ConvTranspose"):
+        return step.bits
+    bits = step.conv_bits or step.bits
+    depthwise = int_attribute(node, "group", 1) > 1 and weight.shape[1] == 1
+    return step.depthwise_bits if depthwise and bits == 4 else bits
 
 
 def _needs_opset_21(layer: _Layer) -> bool:
@@ -190,7 +202,7 @@ def _stored_bytes(weight: Float32, written: Written, bits: int, step: QuantizeWe
     if written in ("nbits", "blocks", "row-blocks") and step.block_size is not None:
         scales = max(weight.size // step.block_size, min(weight.shape))
         size = max(size, scales * step.block_size) if written == "nbits" else size  # the last block is filled up
-    return size * bits // 8 + scales * (4 if step.symmetric else 5)
+    return int(size * bits // 8 + scales * (4 if step.symmetric else 5))
 
 
 def _write(
@@ -360,9 +372,9 @@ def _axis_and_size(layer: _Layer, step: QuantizeWeightsStep) -> tuple[int, int]:
 
 
 def _dtype(bits: int, symmetric: bool) -> np.dtype[np.generic]:
-    if bits == 8:
-        return np.dtype(np.int8 if symmetric else np.uint8)
-    return np.dtype(ml_dtypes.int4 if symmetric else ml_dtypes.uint4)
+    kinds = (np.int8, np.uint8) if bits == 8 else (ml_dtypes.int4, ml_dtypes.uint4)
+    dtype: np.dtype[np.generic] = np.dtype(kinds[0] if symmetric else kinds[1])
+    return dtype
 
 
 def _signed(b: Blocks) -> NDArray[np.int8]:

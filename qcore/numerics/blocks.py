@@ -163,4 +163,5 @@ def _squared_error(
     q -= zero[:, None]
     q *= scale[:, None]
     q -= w
-    return np.einsum("gi,gi->g", q, q)
+    error: NDArray[np.float32] = np.einsum("gi,gi->g", q, q)
+    return error
