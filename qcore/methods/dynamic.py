@@ -31,12 +31,15 @@ class QuantizeDynamicStep(Config):
     """Options of the recipe step `quantize-dynamic`.
 
     `operators` are quantized; Conv only where it is asked for, since ConvInteger is rarely faster than float.
-    `per_channel` null is what the target profile says. `exclude` names nodes that stay float.
+    `per_channel` null is what the target profile says. `weight_bits: 7` uses half of the levels in int8: x86 kernels
+    without VNNI cannot saturate then and are faster than with the profile's uint8, at a little less accuracy. `exclude`
+    names nodes that stay float.
     """
 
     method: Literal["quantize-dynamic"] = "quantize-dynamic"
     operators: tuple[Literal["MatMul", "Gemm", "Conv"], ...] = Field(default=("MatMul", "Gemm"), min_length=1)
     per_channel: bool | None = None
+    weight_bits: Literal[7, 8] | None = None
     exclude: tuple[str, ...] = ()
 
 
@@ -125,9 +128,11 @@ def _scheme(node: ir.Node, step: QuantizeDynamicStep, target: TargetProfile) -> 
     """Return how the weights of `node` are quantized; a batch of matrices has one scale."""
     weight = node.inputs[1]
     ndim = 0 if weight is None or weight.shape is None else len(weight.shape)
-    scheme = target.weight_scheme(0 if node.op_type == "Conv" else 1)
+    scheme = target.weight_scheme(0 if node.op_type == "Conv" else 1, bits=step.weight_bits)
     if node.op_type == "Conv":
         scheme = replace(scheme, dtype="uint8")
+    elif step.weight_bits == 7:
+        scheme = replace(scheme, dtype="int8")
     per_channel = target.weights_per_channel if step.per_channel is None else step.per_channel
     if not per_channel or (node.op_type != "Conv" and ndim != 2):
         return replace(scheme, axis=None)

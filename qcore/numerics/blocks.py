@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from qcore.numerics.affine import TINY_SCALE, Float
 
 _CHUNK = 1 << 16  # elements searched at a time: scratch memory stays in the cache
-_NARROWEST = {4: 0.55, 8: 0.8}  # the smallest clipping ratio that can pay, by bits
-_CANDIDATES = 24
+# The clipping ratios that can pay, by bits: on normal weights finer grids gain at most 0.02 dB.
+_RATIOS = {4: np.linspace(1.0, 0.55, 16), 8: np.linspace(1.0, 0.85, 6)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,30 +111,30 @@ def _quantize_groups(
     w: NDArray[np.float32], scheme: BlockScheme
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
     """Return integers (groups, size), scale (groups,) and zero point (groups,) of the blocks `w` (groups, size)."""
-    scale, zero = _candidate(w, 1.0, scheme)
+    low, high = np.minimum(w.min(axis=1), 0.0), np.maximum(w.max(axis=1), 0.0)
+    scale, zero = _candidate(low, high, 1.0, scheme)
     if scheme.search:
-        least = _squared_error(w, scale, zero, scheme)
-        for ratio in np.linspace(1.0, _NARROWEST[scheme.bits], _CANDIDATES)[1:]:
-            s, z = _candidate(w, float(ratio), scheme)
-            error = _squared_error(w, s, z, scheme)
+        least = _squared_error(w, scale, zero, scheme.bits)
+        for ratio in _RATIOS[scheme.bits][1:]:
+            s, z = _candidate(low, high, float(ratio), scheme)
+            error = _squared_error(w, s, z, scheme.bits)
             better = error < least  # a tie keeps the wider range
             least = np.where(better, error, least)
             scale, zero = np.where(better, s, scale), np.where(better, z, zero)
-    return _rounded(w, scale, zero, scheme).astype(np.uint8), scale, zero.astype(np.uint8)
+    integers = _centred(w, scale, zero, scheme.bits) + zero[:, None]
+    return integers.astype(np.uint8), scale, zero.astype(np.uint8)
 
 
 def _candidate(
-    w: NDArray[np.float32], ratio: float, scheme: BlockScheme
+    low: NDArray[np.float32], high: NDArray[np.float32], ratio: float, scheme: BlockScheme
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return scale and zero point, float32 (groups,), that cover `ratio` of each block's range."""
-    low, high = np.minimum(w.min(axis=1), 0.0), np.maximum(w.max(axis=1), 0.0)
+    """Return scale and zero point, float32 (groups,), that cover `ratio` of each block's range [low, high]."""
     top = (1 << scheme.bits) - 1
     half = 1 << (scheme.bits - 1)
     if not scheme.symmetric:
-        low, high = low * ratio, high * ratio
-        scale = _usable((high - low) / top)
-        return scale, np.clip(np.rint(-low / scale), 0, top).astype(np.float32)
-    zero = np.full(len(w), half, np.float32)
+        scale = _usable((high - low) * (ratio / top))
+        return scale, np.clip(np.rint(-low * ratio / scale), 0, top).astype(np.float32)
+    zero = np.full(len(low), half, np.float32)
     if not scheme.signed_scales:
         return _usable(np.maximum(-low, high) * (ratio / (half - 1))), zero
     sign = np.where(high > -low, -1.0, 1.0)  # level 0 stands for the largest magnitude
@@ -146,21 +146,21 @@ def _usable(scale: Float) -> NDArray[np.float32]:
     return np.where(scale <= TINY_SCALE, 1.0, scale).astype(np.float32)
 
 
-def _rounded(
-    w: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.float32], scheme: BlockScheme
+def _centred(
+    w: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.float32], bits: int
 ) -> NDArray[np.float32]:
+    """Return the integers minus the zero point, as float32: rounded half to even, then saturated."""
     q = w / scale[:, None]
     np.rint(q, out=q)
-    q += zero[:, None]
-    return np.clip(q, 0, (1 << scheme.bits) - 1, out=q)
+    np.maximum(q, -zero[:, None], out=q)
+    return np.minimum(q, ((1 << bits) - 1) - zero[:, None], out=q)
 
 
 def _squared_error(
-    w: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.float32], scheme: BlockScheme
+    w: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.float32], bits: int
 ) -> NDArray[np.float32]:
     """Return the squared error (groups,) of `w` quantized with `scale` and `zero`."""
-    q = _rounded(w, scale, zero, scheme)
-    q -= zero[:, None]
+    q = _centred(w, scale, zero, bits)
     q *= scale[:, None]
     q -= w
     error: NDArray[np.float32] = np.einsum("gi,gi->g", q, q)
