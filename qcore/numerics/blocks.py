@@ -150,10 +150,11 @@ def _centred(
     w: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.float32], bits: int
 ) -> NDArray[np.float32]:
     """Return the integers minus the zero point, as float32: rounded half to even, then saturated."""
-    q = w / scale[:, None]
+    q: NDArray[np.float32] = w / scale[:, None]
     np.rint(q, out=q)
     np.maximum(q, -zero[:, None], out=q)
-    return np.minimum(q, ((1 << bits) - 1) - zero[:, None], out=q)
+    np.minimum(q, ((1 << bits) - 1) - zero[:, None], out=q)
+    return q
 
 
 def _squared_error(
