@@ -14,8 +14,11 @@ from qcore.errors import ConfigError
 from qcore.graph.fold import fold_batchnorm
 from qcore.graph.head import conv_head_to_gemm
 from qcore.graph.rewrite import Rewrite, Skipped
+from qcore.methods.dynamic import QuantizeDynamicStep, quantize_dynamic
+from qcore.methods.half import Float16Step, to_float16
 from qcore.methods.prune import PruneStep, prune
 from qcore.methods.quantize import QuantizeStep, quantize
+from qcore.methods.weights import QuantizeWeightsStep, quantize_weights
 from qcore.target import TargetProfile, shipped_or_file
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -33,7 +36,16 @@ class GemmHeadStep(Config):
     method: Literal["gemm-head"] = "gemm-head"
 
 
-Step = Annotated[FoldBatchnormStep | GemmHeadStep | PruneStep | QuantizeStep, Field(discriminator="method")]
+Step = Annotated[
+    FoldBatchnormStep
+    | GemmHeadStep
+    | PruneStep
+    | QuantizeStep
+    | QuantizeDynamicStep
+    | QuantizeWeightsStep
+    | Float16Step,
+    Field(discriminator="method"),
+]
 
 
 class Recipe(Config):
@@ -47,6 +59,11 @@ class Recipe(Config):
     def needs_calibration(self) -> bool:
         """Whether a step reads a calibration table."""
         return any(isinstance(s, QuantizeStep) for s in self.steps)
+
+    @property
+    def reads_target(self) -> bool:
+        """Whether a step looks at the target profile."""
+        return any(isinstance(s, QuantizeStep | QuantizeDynamicStep) for s in self.steps)
 
 
 def load_recipe(name: str) -> Recipe:
@@ -118,5 +135,11 @@ def apply_step(model: ir.Model, step: Step, target: TargetProfile, table: Calibr
             if table is None:
                 raise ConfigError("step quantize needs a calibration table; run `qcore calibrate` first")
             return quantize(model, step, target, table)
+        case QuantizeDynamicStep():
+            return quantize_dynamic(model, step, target)
+        case QuantizeWeightsStep():
+            return quantize_weights(model, step)
+        case Float16Step():
+            return to_float16(model, step)
         case _:
             assert_never(step)

@@ -15,6 +15,7 @@ Precision = Literal["int16", "float16", "float"]
 """What a layer can run in instead of int8: 16-bit activations, half precision, or as it was."""
 
 PROFILES = Path(__file__).with_name("targets")
+TARGET_KEY = "qcore.target"  # metadata of a model file: the profile that it was quantized for
 
 
 class TargetProfile(Config):

@@ -60,8 +60,8 @@ def prune(
 
 def compress(
     model: opt.Model,
-    data: opt.Data,
     out: opt.Out,
+    data: opt.CalibrationData = None,
     recipe: opt.Recipe = "int8",
     target: opt.Target = "host",
     split: opt.CalibrationSplit = "calibration",

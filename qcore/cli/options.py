@@ -8,10 +8,13 @@ import typer
 Model = Annotated[Path, typer.Option("--model", help="The float ONNX model; it is only read.")]
 Baseline = Annotated[Path, typer.Option("--baseline", help="The float model that the candidate was made from.")]
 Data = Annotated[Path, typer.Option("--data", help="Data card: a YAML file, or a folder with exactly one.")]
+CalibrationData = Annotated[
+    Path | None, typer.Option("--data", help="Data card; only needed by recipes that calibrate.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Where to write; replaced all at once when the step succeeds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Recipe = Annotated[
-    str, typer.Option("--recipe", help="Shipped recipe (int8, int8-min-max, sparse50-int8 ...) or a YAML file.")
+    str, typer.Option("--recipe", help="Shipped recipe (int8, int8-dynamic, int4-weights ...) or a YAML file.")
 ]
 Target = Annotated[
     str, typer.Option("--target", help="Target profile (x86-vnni, x86-avx2, arm-dotprod ...), a YAML file, or host.")

@@ -62,3 +62,15 @@ def remove_in_favour_of(node: ir.Node, replacement: ir.Value) -> None:
     graph.remove(node, safe=True)
     output.name = None
     replacement.name = name
+
+
+def replace_node(graph: ir.Graph, node: ir.Node, new: list[ir.Node], result: ir.Value) -> None:
+    """Put the nodes `new` in the place of `node` (one output); `result` takes over its output: name, type, readers."""
+    output = node.outputs[0]
+    name = output.name
+    result.type, result.shape = output.type, output.shape
+    graph.insert_before(node, new)
+    output.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    output.name = None
+    result.name = name

@@ -53,9 +53,8 @@ from qcore.placement import (
     root,
     weight_index,
 )
-from qcore.target import TargetProfile
+from qcore.target import TARGET_KEY, TargetProfile
 
-TARGET_KEY = "qcore.target"
 MAX_OPSET = 27  # QuantizeLinear-28 is unknown to onnxruntime 1.32
 _INT32 = np.iinfo(np.int32)
 _DEAD_CHANNEL_LEVELS = 1 << 20  # how finely the bias of a channel without weights is kept

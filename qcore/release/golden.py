@@ -14,10 +14,9 @@ from qcore.data.dataset import Dataset, batches
 from qcore.errors import PackageError
 from qcore.evaluation import golden_samples
 from qcore.graph.io import parse_model
-from qcore.methods.quantize import TARGET_KEY
 from qcore.release.manifest import Compatibility, Golden, TensorInfo
 from qcore.runtime import ort
-from qcore.target import load_target
+from qcore.target import TARGET_KEY, load_target
 
 MAX_SAMPLES, MIN_SAMPLES = 8, 2
 SHARE = 10

@@ -95,14 +95,18 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
 def compress(
     *,
     model: Path,
-    data: Path,
     out: Path,
+    data: Path | None = None,
     recipe: str = "int8",
     target: str = "host",
     split: str = "calibration",
     progress: Progress = silent,
 ) -> CompressionSummary:
-    """Return the summary of `out`: `model` after all steps of `recipe`, calibrated on `split` where one needs it."""
+    """Return the summary of `out`: `model` after all steps of `recipe`, calibrated on `split` where one needs it.
+
+    Raises:
+        ConfigError: the recipe needs calibration data and there are none. Data that it does not need are not read.
+    """
     from qcore.compression import load_recipe
     from qcore.data.dataset import open_dataset
     from qcore.graph.io import serialize_model
@@ -111,6 +115,11 @@ def compress(
     refuse_overwrite(out, model, recipe, target, data=data)
     if not loaded.needs_calibration:
         return _compressed(model, out, loaded, target, None)
+    if data is None:
+        raise ConfigError(
+            f"recipe {loaded.name} calibrates and got no data; allowed: a data card; pass --data CARD, or a recipe "
+            "without calibration (int8-dynamic, int8-weights, int4-weights, float16)"
+        )
     dataset = open_dataset(data, split)
 
     def calibrated(current: "ir.Model") -> "CalibrationTable":
@@ -146,7 +155,7 @@ def _compressed(
         input_size_bytes=len(raw),
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
-        target=profile.name if calibrated is not None else "any",
+        target=profile.name if recipe.reads_target else "any",
         steps=result.steps,
     )
 

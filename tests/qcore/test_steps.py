@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from models import conv_net, save, write_data
+from transformers import EncoderShape, encoder
 
 from qcore import steps
 from qcore.errors import CalibrationError, ConfigError, DataError, GateRefused, ModelError, PackageError
@@ -154,7 +155,11 @@ def test_models_with_a_fixed_batch_are_calibrated_and_evaluated(tmp_path):
         ({"model": "nowhere.onnx"}, ModelError, "nowhere.onnx does not exist"),
         ({"data": "nowhere.yaml"}, DataError, "nowhere.yaml does not exist"),
         ({"split": "train"}, DataError, "no split 'train'; allowed: calibration, evaluation"),
-        ({"recipe": "int9"}, ConfigError, "recipe 'int9' does not exist; allowed: int2-weights, int8"),
+        (
+            {"recipe": "int9"},
+            ConfigError,
+            "recipe 'int9' does not exist; allowed: float16, int2-weights, int4-weights, int8",
+        ),
         ({"target": "tpu"}, ConfigError, "target 'tpu' does not exist; allowed: arm-dotprod"),
     ],
 )
@@ -279,3 +284,27 @@ def test_reports_are_json_with_the_promised_fields(inputs, tmp_path):
     assert value["model"]["sha256"] == sha256_file(model)
     assert value["model"]["size_bytes"] == model.stat().st_size
     assert value["latency_ms"]["p50"] > 0
+
+
+@pytest.mark.parametrize("recipe", ["int8-dynamic", "int8-weights", "int4-weights", "float16"])
+def test_recipes_without_calibration_need_no_data_and_can_be_evaluated(tmp_path, recipe):
+    proto = encoder(0, EncoderShape(width=64, heads=4, hidden=128))
+    model = save(proto, tmp_path / "m.onnx")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    summary = steps.compress(model=model, out=tmp_path / "o" / "c.onnx", recipe=recipe, target="x86-avx2")
+    again = steps.compress(model=model, out=tmp_path / "o" / "d.onnx", recipe=recipe, target="x86-avx2")
+    assert summary.sha256 == again.sha256
+    assert summary.target == ("x86-avx2" if recipe == "int8-dynamic" else "any")
+    assert summary.size_bytes < 0.56 * summary.input_size_bytes
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == before
+    card = write_data(tmp_path / "data", proto)
+    card.write_text(card.read_text().replace("layout: NCHW\n", ""))
+    report = steps.evaluate(candidate=tmp_path / "o" / "c.onnx", baseline=model, data=card, out=tmp_path / "r.json")
+    assert report.metrics["agreement"] > (0.7 if recipe == "int4-weights" else 0.9)
+
+
+def test_a_recipe_that_calibrates_says_that_it_needs_data(inputs, tmp_path):
+    model, _ = inputs
+    with pytest.raises(ConfigError, match=r"recipe int8 calibrates and got no data; .* pass --data CARD"):
+        steps.compress(model=model, out=tmp_path / "c.onnx")
+    assert not (tmp_path / "c.onnx").exists()

@@ -145,6 +145,16 @@ def test_an_interrupt_is_one_line(files, tmp_path):
     assert not (tmp_path / "t.json").exists()
 
 
+def test_compress_asks_for_data_only_where_it_calibrates(files, tmp_path):
+    model, _ = files
+    done = qcore("compress", "--model", model, "--out", tmp_path / "c.onnx")
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (1, "", [])
+    assert "recipe int8 calibrates and got no data" in " ".join(done.stderr.split())
+    done = qcore("compress", "--model", model, "--out", tmp_path / "c.onnx", "--recipe", "float16", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [s["method"] for s in json.loads(done.stdout)["steps"]] == ["float16"]
+
+
 def test_a_missing_file(tmp_path):
     line = complaint(qcore("calibrate", "--model", "no.onnx", "--data", "d.yaml", "--out", tmp_path / "t"), 1)
     assert "no.onnx does not exist; check the path" in line
