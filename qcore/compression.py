@@ -1,24 +1,28 @@
-"""Recipes: the ordered steps of one compression run, and nothing but their order."""
+"""Recipes: the ordered steps of one compression run, and which of them are kept."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, assert_never
 
 import onnx_ir as ir
 from pydantic import Field
 
-from qcore.calibration import CalibrationTable
 from qcore.config import Config, load_config
 from qcore.errors import ConfigError
 from qcore.graph.fold import fold_batchnorm
 from qcore.graph.head import conv_head_to_gemm
 from qcore.graph.rewrite import Rewrite, Skipped
+from qcore.methods.correct_bias import CorrectBiasStep, correct_bias, correct_bias_analytically
 from qcore.methods.dynamic import QuantizeDynamicStep, quantize_dynamic
+from qcore.methods.equalize import EqualizeStep, equalize
 from qcore.methods.half import Float16Step, to_float16
 from qcore.methods.prune import PruneStep, prune
 from qcore.methods.quantize import QuantizeStep, quantize
+from qcore.methods.round_weights import RoundWeightsStep, round_weights
 from qcore.methods.weights import QuantizeWeightsStep, quantize_weights
+from qcore.recovery import Evidence, channel_statistics, output_distance
+from qcore.refinement import refine_layers
 from qcore.target import TargetProfile, shipped_or_file
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -40,90 +44,232 @@ Step = Annotated[
     FoldBatchnormStep
     | GemmHeadStep
     | PruneStep
+    | EqualizeStep
     | QuantizeStep
+    | CorrectBiasStep
+    | RoundWeightsStep
     | QuantizeDynamicStep
     | QuantizeWeightsStep
     | Float16Step,
     Field(discriminator="method"),
 ]
+BEFORE = EqualizeStep
+"""Recovery steps that prepare a float model for `quantize`."""
+AFTER = CorrectBiasStep | RoundWeightsStep
+"""Recovery steps that mend a model behind `quantize`."""
 
 
 class Recipe(Config):
-    """Steps in the order in which they are applied; at most one `quantize`, and it comes last."""
+    """Steps in the order in which they are applied; at most one `quantize`, and only recovery follows it.
+
+    Recovery steps (`equalize`, `correct-bias`, `round-weights`) are kept only if the quantized model comes closer to
+    the float one on samples that were held out.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9.-]+$")
     description: str = ""
     steps: tuple[Step, ...] = Field(min_length=1)
 
     @property
+    def quantize_step(self) -> QuantizeStep | None:
+        """The step `quantize`, if there is one."""
+        return next((s for s in self.steps if isinstance(s, QuantizeStep)), None)
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether a step reads a calibration table."""
-        return any(isinstance(s, QuantizeStep) for s in self.steps)
+        return self.quantize_step is not None
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether a step runs the model on samples: a table is not enough."""
+        return any(isinstance(s, BEFORE | AFTER) for s in self.steps)
 
     @property
     def reads_target(self) -> bool:
         """Whether a step looks at the target profile."""
-        return any(isinstance(s, QuantizeStep | QuantizeDynamicStep) for s in self.steps)
+        return any(isinstance(s, QuantizeStep | QuantizeDynamicStep | BEFORE | AFTER) for s in self.steps)
 
 
 def load_recipe(name: str) -> Recipe:
     """Return the shipped recipe `name`, or the recipe in the YAML file `name`.
 
     Raises:
-        ConfigError: there is no such recipe, an unknown field, a value out of range, or a step after `quantize`.
+        ConfigError: there is no such recipe, an unknown field, a value out of range, or steps in an order that makes
+            no sense.
     """
     recipe = load_config(shipped_or_file(name, RECIPES, "recipe"), Recipe, "recipe")
-    if any(isinstance(s, QuantizeStep) for s in recipe.steps[:-1]):
-        raise ConfigError(f"recipe {recipe.name}: a step follows quantize; allowed: quantize is the last step")
+    check_order(recipe)
     return recipe
+
+
+def check_order(recipe: Recipe) -> None:
+    """Refuse a recipe whose steps cannot follow each other.
+
+    Raises:
+        ConfigError: names the recipe and the rule.
+    """
+    quantized = False
+    for step in recipe.steps:
+        if quantized and not isinstance(step, AFTER):
+            raise ConfigError(
+                f"recipe {recipe.name}: step {step.method} follows quantize; allowed behind it: correct-bias, "
+                "round-weights"
+            )
+        if not quantized and isinstance(step, AFTER):
+            raise ConfigError(
+                f"recipe {recipe.name}: step {step.method} mends a quantized model; put it behind quantize"
+            )
+        quantized = quantized or isinstance(step, QuantizeStep)
+    if any(isinstance(s, BEFORE) for s in recipe.steps) and not quantized:
+        raise ConfigError(f"recipe {recipe.name}: step equalize prepares for quantize, which is missing; add it")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AppliedStep:
-    """What one step did: method, names that changed, nodes that were left alone and why."""
+    """What one step did: method, names that changed, nodes that were left alone and why.
+
+    For a recovery step `error_before` and `error_after` are the distances of the quantized model from the float one on
+    held-out samples, without and with the step, and `kept` says whether it is in the result.
+    """
 
     method: str
     changed: tuple[str, ...]
     skipped: tuple[Skipped, ...]
+    kept: bool = True
+    error_before: float | None = None
+    error_after: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compressed:
-    """The model after a recipe, and what each step did."""
+    """The model after a recipe, what each step did, and the error on held-out samples where it was measured."""
 
     model: ir.Model
     steps: tuple[AppliedStep, ...]
+    error: float | None = None
 
 
-def compress(
-    model: ir.Model, recipe: Recipe, target: TargetProfile, calibrated: Callable[[ir.Model], CalibrationTable] | None
-) -> Compressed:
-    """Return `model` after all steps of `recipe`; the argument is not changed.
+def compress(model: ir.Model, recipe: Recipe, target: TargetProfile, evidence: Evidence | None) -> Compressed:
+    """Return `model` after all steps of `recipe` that are kept; the argument is not changed.
 
     Args:
         model: float model.
         recipe: steps in order.
         target: profile of the device.
-        calibrated: gives the table of the model that `quantize` is about to see; None where no step needs one.
+        evidence: what calibration data say; None where no step needs any.
 
     Raises:
-        ConfigError: a step needs a table and there is none.
+        ConfigError: a step needs calibration data and there are none.
     """
+    check_order(recipe)
+    run = _Run(recipe=recipe, target=_asked(target, recipe), evidence=evidence, original=model)
     applied = []
     for step in recipe.steps:
-        table = calibrated(model) if isinstance(step, QuantizeStep) and calibrated is not None else None
-        rewrite = apply_step(model, step, target, table)
-        model = rewrite.model
-        applied.append(AppliedStep(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped))
-    return Compressed(model=model, steps=tuple(applied))
+        match step:
+            case EqualizeStep():
+                model, done = _prepare(run, model, step)
+            case QuantizeStep():
+                reference, rewrite = model, _quantized(run, model)
+                model = rewrite.model
+                done = AppliedStep(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped)
+            case CorrectBiasStep() | RoundWeightsStep():
+                model, done = _mend(run, model, reference, step)
+            case _:
+                rewrite = apply_step(model, step, target)
+                model = rewrite.model
+                done = AppliedStep(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped)
+        applied.append(done)
+    measured = [s.error_after if s.kept else s.error_before for s in applied if s.error_after is not None]
+    return Compressed(model=model, steps=tuple(applied), error=measured[-1] if measured else None)
 
 
-def apply_step(model: ir.Model, step: Step, target: TargetProfile, table: CalibrationTable | None) -> Rewrite:
-    """Return `model` after one step; `table` is only read by `quantize`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """One recipe being applied; quantized models and distances are kept, since recovery steps ask for them again."""
 
-    Raises:
-        ConfigError: `quantize` without a table.
-    """
+    recipe: Recipe
+    target: TargetProfile
+    evidence: Evidence | None
+    original: ir.Model
+    quantized: dict[int, tuple[ir.Model, Rewrite]] = field(default_factory=dict)
+    distances: dict[int, tuple[ir.Model, float]] = field(default_factory=dict)
+
+
+def _asked(target: TargetProfile, recipe: Recipe) -> TargetProfile:
+    """Return `target` with one scale per tensor where the recipe asks for that."""
+    step = recipe.quantize_step
+    if step is None or step.per_channel is None or step.per_channel == target.weights_per_channel:
+        return target
+    if step.per_channel:
+        raise ConfigError(
+            f"recipe {recipe.name} asks for a scale per channel, which {target.name} cannot use; allowed: per_channel: "
+            "false, or leave it out"
+        )
+    return target.model_copy(update={"weights_per_channel": False})
+
+
+def _known(run: _Run) -> Evidence:
+    if run.evidence is None:
+        raise ConfigError(f"recipe {run.recipe.name} needs calibration data; run `qcore compress` with --data")
+    return run.evidence
+
+
+def _quantized(run: _Run, model: ir.Model) -> Rewrite:
+    step = run.recipe.quantize_step
+    assert step is not None  # noqa: S101 - check_order has looked
+    if id(model) not in run.quantized:
+        run.quantized[id(model)] = (model, quantize(model, step, run.target, _known(run).table(model)))
+    return run.quantized[id(model)][1]
+
+
+def _distance(run: _Run, model: ir.Model) -> float:
+    if id(model) not in run.distances:
+        run.distances[id(model)] = (model, output_distance(model, run.original, _known(run)))
+    return run.distances[id(model)][1]
+
+
+def _prepare(run: _Run, model: ir.Model, step: EqualizeStep) -> tuple[ir.Model, AppliedStep]:
+    rewrite = equalize(model, step, run.target, channel_statistics(model, _known(run)))
+    before, after = (_distance(run, _quantized(run, m).model) for m in (model, rewrite.model))
+    return _better(step.method, (model, before), (rewrite, after))
+
+
+def _mend(
+    run: _Run, model: ir.Model, reference: ir.Model, step: CorrectBiasStep | RoundWeightsStep
+) -> tuple[ir.Model, AppliedStep]:
+    evidence, quantize_step = _known(run), run.recipe.quantize_step
+    assert quantize_step is not None  # noqa: S101 - check_order has looked
+    if isinstance(step, CorrectBiasStep) and step.kind == "analytic":
+        rewrite = correct_bias_analytically(model, reference, channel_statistics(reference, evidence))
+    else:
+        bits = run.target.weight_scheme(0, bits=quantize_step.weight_bits).bits
+        refine = correct_bias if isinstance(step, CorrectBiasStep) else partial(round_weights, step=step, bits=bits)
+        rewrite = refine_layers(model, reference, evidence.fitted(step.samples), refine, step.positions)
+    before, after = _distance(run, model), _distance(run, rewrite.model)
+    return _better(step.method, (model, before), (rewrite, after))
+
+
+def _better(method: str, before: tuple[ir.Model, float], after: tuple[Rewrite, float]) -> tuple[ir.Model, AppliedStep]:
+    """Return the model with the smaller error, and the step as it went."""
+    rewrite, kept = after[0], after[1] < before[1]
+    done = AppliedStep(
+        method=method,
+        changed=rewrite.changed if kept else (),
+        skipped=rewrite.skipped,
+        kept=kept,
+        error_before=before[1],
+        error_after=after[1],
+    )
+    return rewrite.model if kept else before[0], done
+
+
+def apply_step(
+    model: ir.Model,
+    step: FoldBatchnormStep | GemmHeadStep | PruneStep | QuantizeDynamicStep | QuantizeWeightsStep | Float16Step,
+    target: TargetProfile,
+) -> Rewrite:
+    """Return `model` after one step that needs no data."""
     match step:
         case FoldBatchnormStep():
             return fold_batchnorm(model)
@@ -131,10 +277,6 @@ def apply_step(model: ir.Model, step: Step, target: TargetProfile, table: Calibr
             return conv_head_to_gemm(model)
         case PruneStep():
             return prune(model, step)
-        case QuantizeStep():
-            if table is None:
-                raise ConfigError("step quantize needs a calibration table; run `qcore calibrate` first")
-            return quantize(model, step, target, table)
         case QuantizeDynamicStep():
             return quantize_dynamic(model, step, target)
         case QuantizeWeightsStep():

@@ -146,7 +146,7 @@ def matrix_of(layer: GridNode, stored: NDArray[np.generic] | None) -> Array:
 
 
 def replace_layer(layer: GridNode, integers: Array, bias: Array) -> dict[str, NDArray[np.generic]]:
-    """Give `layer` new integers (groups, outputs, inputs) and a new bias (groups, outputs); return what changed by name."""
+    """Give `layer` new integers (groups, outputs, inputs) and bias (groups, outputs); return what changed by name."""
     old = constant_array(layer.weight)
     assert old is not None  # noqa: S101 - an initializer
     w = integers.reshape(old.shape[::-1]).T if layer.by_input else integers.reshape(old.shape)

@@ -67,6 +67,7 @@ class QuantizeStep(Config):
     target's; `exclude` names nodes that stay float. `precision` says of single nodes, by name, what they run in
     instead: "int16" (16-bit activations in and out, converted between), "float16" (computed between Casts) or
     "float". `form` is how integers are written: "qdq", or "qoperator" for runtimes that want QLinearConv and the like.
+    `per_channel: false` gives weights one scale per tensor though the target could use one per channel.
     """
 
     method: Literal["quantize"] = "quantize"
@@ -76,6 +77,7 @@ class QuantizeStep(Config):
     exclude: tuple[str, ...] = ()
     precision: dict[str, Literal["int16", "float16", "float"]] = Field(default_factory=dict)
     form: Literal["qdq", "qoperator"] = "qdq"
+    per_channel: bool | None = None
 
     def nodes_in(self, precision: Literal["int16", "float16", "float"]) -> frozenset[str]:
         """Return the names of the nodes that run in `precision`; "float" includes `exclude`."""

@@ -92,6 +92,17 @@ def load(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded:
     return _loaded(_session(model, name, _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)), name)
 
 
+def load_exact(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded:
+    """Return `model` ready to run with integer kernels that do not saturate, on this machine as on its target.
+
+    On x86 without VNNI the runtime's u8s8 kernels add pairs of products in 16 bits; here it takes slower ones there
+    (`session.x64quantprecision`). Elsewhere this is `load`. Arguments and errors are those of `load`.
+    """
+    options = _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return _loaded(_session(model, name, options), name)
+
+
 def load_as_written(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded:
     """Return `model` ready to run node by node, with no graph optimization at all.
 

@@ -1,6 +1,5 @@
 """Compression on files: a model in, the bytes of a smaller one and a summary out."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,11 @@ if TYPE_CHECKING:
 
     from qcore.calibration import CalibrationTable
     from qcore.compression import AppliedStep, Recipe
+    from qcore.data.dataset import Dataset
+    from qcore.recovery import Evidence
 
+RECOVERY_BATCH = 8
+HELD_OUT = 4  # one batch in so many judges
 ANY_TARGET = "x86-avx2"  # a recipe without quantize does not look at it
 
 
@@ -45,6 +48,8 @@ class CompressionSummary:
             "steps": [
                 {
                     "method": s.method,
+                    "kept": s.kept,
+                    "error": None if s.error_after is None else {"before": s.error_before, "after": s.error_after},
                     "changed": list(s.changed),
                     "skipped": [{"node": k.node, "op_type": k.op_type, "reason": k.reason} for k in s.skipped],
                 }
@@ -64,7 +69,7 @@ def prune(*, model: Path, out: Path, sparsity: float = 0.5) -> CompressionSummar
     refuse_overwrite(out, model)
     if sparsity == 0:
         return _unchanged(model, out, recipe)
-    return _compressed(model, out, recipe, ANY_TARGET, None)
+    return _compressed(model, out, recipe, ANY_TARGET, None, silent)
 
 
 def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recipe: str = "int8") -> CompressionSummary:
@@ -77,19 +82,27 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
     from qcore.calibration import load_table
     from qcore.canonical import sha256_bytes
     from qcore.compression import load_recipe
-    from qcore.graph.io import read_model_bytes
+    from qcore.graph.io import parse_model, read_model_bytes
     from qcore.methods.prune import PruneStep
+    from qcore.recovery import Evidence
 
     refuse_overwrite(out, model, table, recipe, target)
     loaded = load_recipe(recipe)
+    if loaded.needs_samples:
+        raise ConfigError(
+            f"recipe {loaded.name} recovers accuracy by running samples, which a table does not hold; run "
+            "`qcore compress` with --data"
+        )
     if any(isinstance(s, PruneStep) for s in loaded.steps):
         raise ConfigError(
             f"recipe {loaded.name} prunes before it quantizes, but the table is of the unpruned model; run "
             "`qcore prune`, calibrate the result, then quantize; or use `qcore compress`"
         )
     measured = load_table(table)
-    _expect_table_of(measured, sha256_bytes(read_model_bytes(model)), model)
-    return _compressed(model, out, loaded, target, lambda current: measured)
+    raw = read_model_bytes(model)
+    _expect_table_of(measured, sha256_bytes(raw), model)
+    evidence = Evidence(table=lambda current: measured, fit=(), held_out=(), batch=1, task="none")
+    return _written(raw, parse_model(raw, str(model)), out, loaded, target, evidence)
 
 
 def compress(
@@ -109,45 +122,71 @@ def compress(
     """
     from qcore.compression import load_recipe
     from qcore.data.dataset import open_dataset
-    from qcore.graph.io import serialize_model
 
     loaded = load_recipe(recipe)
     refuse_overwrite(out, model, recipe, target, data=data)
     if not loaded.needs_calibration:
-        return _compressed(model, out, loaded, target, None)
+        return _compressed(model, out, loaded, target, None, progress)
     if data is None:
         raise ConfigError(
             f"recipe {loaded.name} calibrates and got no data; allowed: a data card; pass --data CARD, or a recipe "
             "without calibration (int8-dynamic, int8-weights, int4-weights, float16)"
         )
-    dataset = open_dataset(data, split)
+    return _compressed(model, out, loaded, target, open_dataset(data, split), progress)
 
-    def calibrated(current: "ir.Model") -> "CalibrationTable":
+
+def gathered(model: "ir.Model", dataset: "Dataset", samples: bool, progress: Progress) -> "Evidence":
+    """Return what recipes may ask of `dataset`: one sample in four is held out; none are read unless `samples`."""
+    from qcore.data.dataset import batches
+    from qcore.graph.io import serialize_model
+    from qcore.recovery import Evidence
+    from qcore.runtime import ort
+
+    def table(current: "ir.Model") -> "CalibrationTable":
         return count_table(serialize_model(current), current, dataset, CALIBRATION_BINS, progress)
 
-    return _compressed(model, out, loaded, target, calibrated)
+    loaded = ort.load(serialize_model(model))
+    size = loaded.fixed_batch or RECOVERY_BATCH
+    fed = [ort.feeds(loaded, batch) for batch in batches(dataset, size)] if samples else []
+    held_out = tuple(fed[HELD_OUT - 1 :: HELD_OUT]) or tuple(fed)  # too few samples to hold some out
+    fit = tuple(f for k, f in enumerate(fed) if (k + 1) % HELD_OUT) or tuple(fed)
+    return Evidence(table=table, fit=fit, held_out=held_out, batch=size, task=dataset.card.task)
 
 
 def _compressed(
-    model: Path,
-    out: Path,
-    recipe: "Recipe",
-    target: str,
-    calibrated: "Callable[[ir.Model], CalibrationTable] | None",
+    model: Path, out: Path, recipe: "Recipe", target: str, dataset: "Dataset | None", progress: Progress
 ) -> CompressionSummary:
-    """Apply `recipe` to files; `calibrated` gives the table of the model that is about to be quantized."""
-    from qcore.canonical import sha256_bytes
-    from qcore.compression import compress as apply_recipe
-    from qcore.files import write_atomic
-    from qcore.graph.io import parse_model, read_model_bytes, serialize_model
-    from qcore.target import load_target
+    """Apply `recipe` to files, with what it asks of `dataset`."""
+    from qcore.graph.io import parse_model, read_model_bytes
 
     raw = read_model_bytes(model)
+    parsed = parse_model(raw, str(model))
+    evidence = None if dataset is None else gathered(parsed, dataset, recipe.needs_samples, progress)
+    return _written(raw, parsed, out, recipe, target, evidence)
+
+
+def _written(
+    raw: bytes, model: "ir.Model", out: Path, recipe: "Recipe", target: str, evidence: "Evidence | None"
+) -> CompressionSummary:
+    from qcore.compression import compress as apply_recipe
+    from qcore.files import write_atomic
+    from qcore.graph.io import serialize_model
+    from qcore.target import load_target
+
     profile = load_target(target)
-    result = apply_recipe(parse_model(raw, str(model)), recipe, profile, calibrated)
+    result = apply_recipe(model, recipe, profile, evidence)
     written = serialize_model(result.model)
-    _refuse_unusable(written, f"the result of recipe {recipe.name} for {profile.name}")
+    refuse_unusable(written, f"the result of recipe {recipe.name} for {profile.name}")
     write_atomic(out, written)
+    return summary_of(out, raw, written, result.steps, recipe=recipe, target=profile.name)
+
+
+def summary_of(
+    out: Path, raw: bytes, written: bytes, steps: "tuple[AppliedStep, ...]", *, recipe: "Recipe", target: str
+) -> CompressionSummary:
+    """Return the summary of `written`, made from `raw`."""
+    from qcore.canonical import sha256_bytes
+
     return CompressionSummary(
         output=out,
         sha256=sha256_bytes(written),
@@ -155,12 +194,12 @@ def _compressed(
         input_size_bytes=len(raw),
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
-        target=profile.name if recipe.reads_target else "any",
-        steps=result.steps,
+        target=target if recipe.reads_target else "any",
+        steps=steps,
     )
 
 
-def _refuse_unusable(raw: bytes, name: str) -> None:
+def refuse_unusable(raw: bytes, name: str) -> None:
     """Refuse bytes that the checker or the runtime would refuse: nothing is written rather than a wrong file."""
     from qcore.graph.io import check_model
     from qcore.runtime import ort

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from qcore import __version__
 from qcore.canonical import Digest, Json, sha256_bytes, sha256_json
 from qcore.errors import ConfigError
-from qcore.steps.calibration import CALIBRATION_BINS, count_table
+from qcore.steps.compression import gathered
 from qcore.steps.guard import Progress, refuse_overwrite, silent
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def prepare(
         ConfigError: the recipe does not quantize.
     """
     from qcore.compression import compress, load_recipe
-    from qcore.graph.io import parse_model, serialize_model
+    from qcore.graph.io import parse_model
     from qcore.graph.traverse import node_name
     from qcore.methods.quantize import QuantizeStep, quantize
     from qcore.runtime.ort import runtime_version
@@ -172,11 +172,9 @@ def prepare(
         raise ConfigError(f"recipe {loaded.name} does not quantize; allowed: a recipe with a quantize step")
     before = loaded.model_copy(update={"steps": loaded.steps[:-1]})
 
-    def calibrated(current: "ir.Model") -> "CalibrationTable":
-        return count_table(serialize_model(current), current, dataset, CALIBRATION_BINS, progress)
-
-    model = compress(model, before, profile, calibrated).model
-    table = calibrated(model)
+    evidence = gathered(model, dataset, before.needs_samples, progress)
+    model = compress(model, before, profile, evidence).model
+    table = evidence.table(model)
     changed = quantize(model, step, profile, table).changed
     types = {node_name(n): n.op_type for n in model.graph}
     evidence = [sha256_bytes(raw), dataset.sha256, loaded.sha256, profile.sha256, sha256_json(table.to_json())]

@@ -1,0 +1,73 @@
+"""What recovery steps ask of the calibration data: ranges, channel statistics, and how far from float a model is.
+
+The samples are cut in two: steps learn from `fit`, and are judged on `held_out`, which they never see.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcore.calibration import CalibrationTable
+from qcore.errors import ModelError
+from qcore.graph.io import serialize_model
+from qcore.methods.quantize import tensors_to_calibrate
+from qcore.numerics.channels import ChannelStats, stream_channels
+from qcore.numerics.error import output_error
+from qcore.runtime.nodewise import expose
+from qcore.runtime.ort import load_unfused
+
+Tensors = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """Calibration data of one run: `table` counts all samples of the split through a model.
+
+    `fit` and `held_out` are named inputs of `batch` samples each; `task` is that of the data card.
+    """
+
+    table: Callable[[ir.Model], CalibrationTable]
+    fit: tuple[Tensors, ...]
+    held_out: tuple[Tensors, ...]
+    batch: int
+    task: Literal["classification", "none"]
+
+    def fitted(self, samples: int) -> tuple[Tensors, ...]:
+        """Return the first batches of `fit` that hold at least `samples` samples, or all."""
+        return self.fit[: -(-samples // self.batch)]
+
+
+def channel_statistics(model: ir.Model, evidence: Evidence) -> dict[str, ChannelStats]:
+    """Return the statistics of axis 1 of the float activations of `model` that a target may quantize."""
+    fed = evidence.fit[0].keys() if evidence.fit else ()
+    predict = expose(model, [name for name in tensors_to_calibrate(model) if name not in fed])
+
+    def floats(tensors: Tensors) -> dict[str, NDArray[np.floating]]:
+        return {k: v for k, v in tensors.items() if np.issubdtype(v.dtype, np.floating)}
+
+    return stream_channels(floats({**sample, **predict(sample)}) for sample in evidence.fit)
+
+
+def output_distance(model: ir.Model, reference: ir.Model, evidence: Evidence) -> float:
+    """Return `output_error` of `model` against `reference` on the held-out samples.
+
+    The numbers of the file count: no fused kernel, whose sums saturate on some machines, takes part.
+
+    Raises:
+        ModelError: a model gives NaN or infinity, or other outputs than the reference.
+    """
+    ours, theirs = (_outputs(m, evidence.held_out) for m in (model, reference))
+    try:
+        return output_error(theirs, ours, evidence.task)
+    except ValueError as e:
+        raise ModelError(f"outputs cannot be compared: {e}; check the model and the preprocessing") from e
+
+
+def _outputs(model: ir.Model, samples: tuple[Tensors, ...]) -> dict[str, NDArray[np.generic]]:
+    predict = load_unfused(serialize_model(model)).predict
+    parts = [predict(sample) for sample in samples]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
