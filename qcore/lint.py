@@ -19,6 +19,7 @@ from qcore.graph.qdq import is_dequantize, is_quantize
 from qcore.graph.traverse import constant_array, int_attribute, node_name
 from qcore.numerics.affine import container_bits
 from qcore.placement import (
+    READS_SHAPES,
     WEIGHTED,
     absorbing,
     carrier,
@@ -284,7 +285,7 @@ def _bias(node: ir.Node, target: TargetProfile) -> Iterator[Finding]:
         return
     source, weight, bias = node.inputs[:3]
     made = [v.producer() if v is not None else None for v in (source, weight, bias)]
-    if made[0] is None or not is_dequantize(made[0]) or bias is None:
+    if bias is None or any(m is None or not is_dequantize(m) for m in made[:2]):
         return  # an island: it has a finding of its own
     integers = constant_array(_source(bias))
     kind = "float" if integers is None or integers.dtype.kind == "f" else integers.dtype.name
@@ -309,7 +310,7 @@ def _island(node: ir.Node, target: TargetProfile, tail: set[ir.Value]) -> Iterat
     """Yield a node that computes on floats where the profile says integers."""
     if is_quantize(node) or is_dequantize(node) or not _on_floats(node) or any(v in tail for v in node.inputs):
         return
-    if node.op_type in _OPERATORS or _absorbed(node, target):
+    if node.op_type in (*_OPERATORS, *READS_SHAPES) or _absorbed(node, target):
         return
     known = node.domain == "" and node.op_type in (*target.quantize, *target.same_scale)
     if not known:

@@ -27,6 +27,7 @@ WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LayerNormalization", "In
 NORMALIZING = ("LayerNormalization", "InstanceNormalization")
 ABSORBED = ("Relu", "Clip")
 FLOAT_TAIL = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Softmax", "LogSoftmax")
+READS_SHAPES = ("Shape", "Size")
 # All other inputs of these are indices, shapes, scales or bounds.
 _FIRST_INPUT = (
     *("Clip", "Resize", "Pad", "Slice", "Split", "Gather", "GatherElements", "GatherND", "Expand", "Tile", "Reshape"),
@@ -82,7 +83,7 @@ def place(graph: ir.Graph, target: TargetProfile, choice: Choice, measured: Coll
     draft = _Draft(target=target, choice=choice, measured=measured, tail=float_tail(graph, target))
     nodes = list(graph)
     for node in nodes:
-        if node.op_type == "Constant" or moves(node, target) or _is_absorbed(node, target):
+        if node.op_type in READS_SHAPES or moves(node, target) or _is_absorbed(node, target):
             continue
         reason = _refusal(node, draft)
         if reason is None:
