@@ -8,7 +8,7 @@ Source: Jacob et al. 2018 (arXiv 1712.05877); Krishnamoorthi 2018 (arXiv 1806.08
 weights; ONNX QuantizeLinear-13 and DequantizeLinear-13.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -38,6 +38,7 @@ from qcore.numerics.affine import (
     qparams_from_range,
     quantize_array,
 )
+from qcore.numerics.cover import covering_scale, least_error_scale
 from qcore.numerics.stats import RangeRule, range_from_stats
 from qcore.placement import (
     ABSORBED,
@@ -68,6 +69,7 @@ class QuantizeStep(Config):
     instead: "int16" (16-bit activations in and out, converted between), "float16" (computed between Casts) or
     "float". `form` is how integers are written: "qdq", or "qoperator" for runtimes that want QLinearConv and the like.
     `per_channel: false` gives weights one scale per tensor though the target could use one per channel.
+    `weight_ranges: mse` takes the scales of least square error of the weights, which may cut the largest.
     """
 
     method: Literal["quantize"] = "quantize"
@@ -78,6 +80,7 @@ class QuantizeStep(Config):
     precision: dict[str, Literal["int16", "float16", "float"]] = Field(default_factory=dict)
     form: Literal["qdq", "qoperator"] = "qdq"
     per_channel: bool | None = None
+    weight_ranges: Literal["min-max", "mse"] = "min-max"
 
     def nodes_in(self, precision: Literal["int16", "float16", "float"]) -> frozenset[str]:
         """Return the names of the nodes that run in `precision`; "float" includes `exclude`."""
@@ -104,7 +107,7 @@ def quantize(model: ir.Model, step: QuantizeStep, target: TargetProfile, table: 
         raise ModelError(f"no node can be quantized for {target.name}: {'; '.join(reasons[:3])}")
     scales = _scales(placement, choice, step, target, table)
     changed, skipped = tuple(node_name(n) for n in placement.nodes), list(placement.skipped)
-    _quantize_constants(out.graph, placement, scales, target, step.weight_bits)
+    _quantize_constants(out.graph, placement, scales, target, step)
     _insert_pairs(out.graph, placement, scales)
     skipped = [s for s in skipped if s.node not in step.nodes_in("float16")] + _halve(out.graph, step)
     if target.integer_io:
@@ -225,13 +228,13 @@ def _range(
 
 
 def _quantize_constants(
-    graph: ir.Graph, placement: Placement, scales: _Scales, target: TargetProfile, bits: int | None
+    graph: ir.Graph, placement: Placement, scales: _Scales, target: TargetProfile, step: QuantizeStep
 ) -> None:
     """Put integers and a DQ in place of every weight, bias and constant operand of the planned nodes."""
     for node in placement.nodes:
         if weight_index(node) is not None and node.inputs[0] is not None:
             input_scale = scales.read_by(node, node.inputs[0]).scale
-            _quantize_weights(graph, node, input_scale, target, bits)
+            _quantize_weights(graph, node, input_scale, target, step)
         for index in data_inputs(node):
             _quantize_operand(graph, node, index, scales, target)
     for node in placement.movers:
@@ -253,17 +256,18 @@ def _quantize_operand(graph: ir.Graph, node: ir.Node, index: int, scales: _Scale
 
 
 def _quantize_weights(
-    graph: ir.Graph, node: ir.Node, input_scale: NDArray[np.float32], target: TargetProfile, bits: int | None
+    graph: ir.Graph, node: ir.Node, input_scale: NDArray[np.float32], target: TargetProfile, step: QuantizeStep
 ) -> None:
     weight_value, bias_value = node.inputs[1], bias_of(node)
     weight, bias = constant_array(weight_value), constant_array(bias_value)
     assert weight is not None and weight_value is not None  # noqa: S101, PT018 - the placement has looked
     axis = channel_axis(node, weight.ndim)
     depthwise = node.op_type == "Conv" and int_attribute(node, "group", 1) > 1 and weight.shape[1] == 1
-    scheme = target.weight_scheme(axis or 0, depthwise=depthwise, bits=bits)
+    scheme = target.weight_scheme(axis or 0, depthwise=depthwise, bits=step.weight_bits)
     if axis is None:
         scheme = replace(scheme, axis=None)
-    q = weight_qparams(weight, scheme, None if bias is None else bias.reshape(-1), input_scale)
+    cover = least_error_scale if step.weight_ranges == "mse" else covering_scale
+    q = weight_qparams(weight, scheme, None if bias is None else bias.reshape(-1), input_scale, cover)
     node.replace_input_with(1, dequantized_initializer(graph, str(weight_value.name), quantize_array(weight, q), q))
     if bias is None or bias_value is None or target.bias != "int32":
         return
@@ -338,7 +342,13 @@ def _halve(graph: ir.Graph, step: QuantizeStep) -> list[Skipped]:
     return skipped
 
 
-def weight_qparams(weight: Float, scheme: QScheme, bias: Float | None, input_scale: NDArray[np.float32]) -> QParams:
+def weight_qparams(
+    weight: Float,
+    scheme: QScheme,
+    bias: Float | None,
+    input_scale: NDArray[np.float32],
+    cover: Callable[[Float, QScheme], QParams] = covering_scale,
+) -> QParams:
     """Return the parameters of `weight`, such that an int32 bias of scale `input_scale * scale` neither saturates
     nor loses a channel whose weights are all zero.
 
@@ -347,10 +357,11 @@ def weight_qparams(weight: Float, scheme: QScheme, bias: Float | None, input_sca
         scheme: symmetric int8.
         bias: (channels,) or None.
         input_scale: () scale of the layer's input.
+        cover: how the scale follows from the weights.
     """  # noqa: D205 - the law needs two lines
     w = weight.astype(np.float32)
     low, high = (w.min(), w.max()) if scheme.axis is None else channel_range(w, scheme.axis)
-    q = qparams_from_range(np.asarray(low), np.asarray(high), scheme)
+    q = cover(w, scheme)
     if bias is None:
         return q
     magnitude = np.abs(bias.astype(np.float64)) if scheme.axis is not None else np.abs(bias.astype(np.float64)).max()
