@@ -143,9 +143,13 @@ class AppliedStep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compressed:
-    """The model after a recipe, what each step did, and the error on held-out samples where it was measured."""
+    """The model after a recipe, what each step did, and the error on held-out samples where it was measured.
+
+    `reference` is the float model that was quantized: with the channel scales of the result, where they were changed.
+    """
 
     model: ir.Model
+    reference: ir.Model
     steps: tuple[AppliedStep, ...]
     error: float | None = None
 
@@ -164,7 +168,7 @@ def compress(model: ir.Model, recipe: Recipe, target: TargetProfile, evidence: E
     """
     check_order(recipe)
     run = _Run(recipe=recipe, target=_asked(target, recipe), evidence=evidence, original=model)
-    applied = []
+    applied, reference = [], model
     for step in recipe.steps:
         match step:
             case EqualizeStep():
@@ -181,7 +185,7 @@ def compress(model: ir.Model, recipe: Recipe, target: TargetProfile, evidence: E
                 done = AppliedStep(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped)
         applied.append(done)
     measured = [s.error_after if s.kept else s.error_before for s in applied if s.error_after is not None]
-    return Compressed(model=model, steps=tuple(applied), error=measured[-1] if measured else None)
+    return Compressed(model=model, reference=reference, steps=tuple(applied), error=measured[-1] if measured else None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,16 +1,21 @@
 """The verbs that work on one model: from calibration to publication. Each parses, calls one step, and prints."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qcore import steps
 from qcore.cli import options as opt
 from qcore.cli.output import percent, print_facts, print_json, print_table, progress, size
+from qcore.errors import ConfigError
 from qcore.report import EvaluationReport, GateDecision
 
+if TYPE_CHECKING:
+    from qcore.compression import AppliedStep
+
 REFUSED = 3
+AUTO = "auto"
 
 
 def calibrate(
@@ -65,14 +70,38 @@ def compress(
     recipe: opt.Recipe = "int8",
     target: opt.Target = "host",
     split: opt.CalibrationSplit = "calibration",
+    policy: opt.Policy = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Apply a whole recipe, calibrating where a step needs it."""
+    """Apply a whole recipe, calibrating where a step needs it; `auto` tries recipes until one passes the policy."""
+    if recipe == AUTO:
+        _compress_auto(model=model, data=data, out=out, target=target, split=split, policy=policy, as_json=as_json)
+        return
+    if policy is not None:
+        raise ConfigError(f"--policy is for --recipe auto, which stops at the first pass; {recipe} is applied as it is")
     with progress() as report:
         summary = steps.compress(
             model=model, data=data, out=out, recipe=recipe, target=target, split=split, progress=report
         )
     _print_summary(summary, as_json)
+
+
+def _compress_auto(
+    *, model: Path, data: Path | None, out: Path, target: str, split: str, policy: Path | None, as_json: bool
+) -> None:
+    if data is None:
+        raise ConfigError("recipe auto calibrates and judges, and got no data; allowed: a data card; pass --data CARD")
+    with progress() as report:
+        result = steps.compress_auto(
+            model=model, data=data, out=out, target=target, split=split, policy=policy, progress=report
+        )
+    if as_json:
+        print_json(result.to_json())
+        return
+    rows = [(a.recipe, f"{a.error:.4f}", size(a.size_bytes), a.outcome, a.reason) for a in result.climb.attempts]
+    print_table(f"Ladder, judged on {result.judged_on}", ("recipe", "held-out error", "size", "gate", "why"), rows)
+    _print_summary(result.written, as_json)
+    print(f"stopped: {result.climb.why}")
 
 
 def evaluate(
@@ -183,8 +212,9 @@ def _print_summary(summary: steps.CompressionSummary, as_json: bool) -> None:
     if as_json:
         print_json(summary.to_json())
         return
-    rows = [(s.method, str(len(s.changed)), str(len(s.skipped))) for s in summary.steps]
-    print_table(f"Recipe {summary.recipe} for {summary.target}", ("step", "changed", "left alone"), rows)
+    rows = [(s.method, str(len(s.changed)), str(len(s.skipped)), _recovered(s)) for s in summary.steps]
+    columns = ("step", "changed", "left alone", "held-out error")
+    print_table(f"Recipe {summary.recipe} for {summary.target}", columns, rows)
     reasons: dict[tuple[str, str], int] = {}
     for skip in (k for s in summary.steps for k in s.skipped):
         reasons[skip.op_type, skip.reason] = reasons.get((skip.op_type, skip.reason), 0) + 1
@@ -192,3 +222,9 @@ def _print_summary(summary: steps.CompressionSummary, as_json: bool) -> None:
         print_table("Left alone", ("op", "nodes", "why"), [(op, str(n), why) for (op, why), n in reasons.items()])
     ratio = summary.size_bytes / summary.input_size_bytes
     print(f"{summary.output}: {size(summary.size_bytes)}, {percent(ratio)} of {size(summary.input_size_bytes)}")
+
+
+def _recovered(step: "AppliedStep") -> str:
+    if step.error_before is None or step.error_after is None:
+        return ""
+    return f"{step.error_before:.4f} -> {step.error_after:.4f}" + ("" if step.kept else ", not kept")

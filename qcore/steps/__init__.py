@@ -4,6 +4,8 @@ The command line, the pipeline components and the tests call exactly these funct
 so importing this package is cheap. Inputs are never changed, and nothing is written beside them.
 """
 
+from qcore.steps.auto import AutoSummary as AutoSummary
+from qcore.steps.auto import compress_auto as compress_auto
 from qcore.steps.calibration import CALIBRATION_BINS as CALIBRATION_BINS
 from qcore.steps.calibration import calibrate as calibrate
 from qcore.steps.compression import CompressionSummary as CompressionSummary

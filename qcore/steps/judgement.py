@@ -27,27 +27,40 @@ def evaluate(
 ) -> "EvaluationReport":
     """Return the report on `candidate` against `baseline` over `split`, written to `out` as JSON."""
     from qcore.data.dataset import open_dataset
-    from qcore.evaluation import evaluate as evaluate_pair
     from qcore.files import write_json
     from qcore.graph.io import read_model_bytes
-    from qcore.report import EvaluationReport, MeasuredData
-    from qcore.runtime import ort
 
     refuse_overwrite(out, candidate, baseline, data=data)
     files = [read_model_bytes(p) for p in (candidate, baseline)]
-    models = [ort.load(raw, name=str(p)) for raw, p in zip(files, (candidate, baseline), strict=True)]
-    if {p.name for p in models[0].inputs} != {p.name for p in models[1].inputs}:
+    report = report_on((files[0], str(candidate)), (files[1], str(baseline)), open_dataset(data, split), progress)
+    write_json(out, report.to_json())
+    return report
+
+
+def report_on(
+    candidate: tuple[bytes, str], baseline: tuple[bytes, str], dataset: "Dataset", progress: Progress
+) -> "EvaluationReport":
+    """Return the report on `candidate` against `baseline`, each the bytes of a model and what messages call it.
+
+    Accuracy is that of integer kernels that do not saturate (`load_exact`), latency that of the runtime as it comes.
+    """
+    from qcore.evaluation import evaluate as evaluate_pair
+    from qcore.report import EvaluationReport, MeasuredData
+    from qcore.runtime import ort
+
+    ours, theirs = (ort.load_exact(raw, name=name) for raw, name in (candidate, baseline))
+    names = [sorted(p.name for p in loaded.inputs) for loaded in (ours, theirs)]
+    if names[0] != names[1]:
         raise ModelError(
-            f"{candidate} has inputs {sorted(p.name for p in models[0].inputs)}, the baseline "
-            f"{sorted(p.name for p in models[1].inputs)}; allowed: equal names; pass the model that it was made from"
+            f"{candidate[1]} has inputs {names[0]}, the baseline {names[1]}; allowed: equal names; pass the model that "
+            "it was made from"
         )
-    dataset = open_dataset(data, split)
-    result = evaluate_pair(ort.on_samples(models[0]), ort.on_samples(models[1]), _fed(dataset, models[1], progress))
-    latencies = _latencies(files, dataset, progress)
-    report = EvaluationReport(
-        model=_measured(files[0], latencies[0]),
-        baseline=_measured(files[1], latencies[1]),
-        data=MeasuredData(name=dataset.card.name, split=split, task=dataset.card.task, sha256=dataset.sha256),
+    result = evaluate_pair(ort.on_samples(ours), ort.on_samples(theirs), _fed(dataset, theirs, progress))
+    latencies = _latencies([candidate[0], baseline[0]], dataset, progress)
+    return EvaluationReport(
+        model=_measured(candidate[0], latencies[0]),
+        baseline=_measured(baseline[0], latencies[1]),
+        data=MeasuredData(name=dataset.card.name, split=dataset.split, task=dataset.card.task, sha256=dataset.sha256),
         n=result.n,
         metrics=result.metrics,
         paired=result.paired,
@@ -55,8 +68,6 @@ def evaluate(
         runtime=ort.runtime_identity(),
         qcore_version=__version__,
     )
-    write_json(out, report.to_json())
-    return report
 
 
 def gate(*, report: Path, out: Path, key: Path, policy: Path | None = None) -> "GateDecision":

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qcore.calibration import CalibrationTable
+    from qcore.compression import Recipe
     from qcore.data.dataset import Dataset
     from qcore.methods.quantize import QuantizeStep
     from qcore.mixed_precision import Assignment, PrecisionSearch, Trial
+    from qcore.recovery import Evidence
     from qcore.runtime.ort import Predict
     from qcore.sensitivity import Sensitivity, SensitivityReport, SmallSet
     from qcore.target import TargetProfile
@@ -161,30 +163,45 @@ def prepare(
     """
     from qcore.compression import compress, load_recipe
     from qcore.graph.io import parse_model
-    from qcore.graph.traverse import node_name
-    from qcore.methods.quantize import QuantizeStep, quantize
-    from qcore.runtime.ort import runtime_version
     from qcore.target import load_target
 
-    loaded, profile, model = load_recipe(recipe), load_target(target), parse_model(raw, name)
-    step = loaded.steps[-1]
-    if not isinstance(step, QuantizeStep):
+    loaded, profile, parsed = load_recipe(recipe), load_target(target), parse_model(raw, name)
+    if loaded.quantize_step is None:
         raise ConfigError(f"recipe {loaded.name} does not quantize; allowed: a recipe with a quantize step")
-    before = loaded.model_copy(update={"steps": loaded.steps[:-1]})
+    evidence = gathered(parsed, dataset, loaded.needs_samples, progress)
+    made = compress(parsed, loaded, profile, evidence)
+    return prepared_from(made.reference, loaded, profile, evidence, [sha256_bytes(raw), dataset.sha256])
 
-    evidence = gathered(model, dataset, before.needs_samples, progress)
-    model = compress(model, before, profile, evidence).model
-    table = evidence.table(model)
-    changed = quantize(model, step, profile, table).changed
-    types = {node_name(n): n.op_type for n in model.graph}
-    evidence = [sha256_bytes(raw), dataset.sha256, loaded.sha256, profile.sha256, sha256_json(table.to_json())]
+
+def prepared_from(
+    reference: "ir.Model", recipe: "Recipe", target: "TargetProfile", evidence: "Evidence", origin: list[Digest]
+) -> Prepared:
+    """Return `reference`, the float model that `recipe` quantized, ready to be quantized in part.
+
+    Args:
+        reference: of `compress`.
+        recipe: with a quantize step.
+        target: profile.
+        evidence: gives the table of `reference`.
+        origin: digests of the model and the data that all this comes from.
+    """
+    from qcore.graph.traverse import node_name
+    from qcore.methods.quantize import quantize
+    from qcore.runtime.ort import runtime_version
+
+    step = recipe.quantize_step
+    assert step is not None  # noqa: S101 - callers have looked
+    table = evidence.table(reference)
+    changed = quantize(reference, step, target, table).changed
+    types = {node_name(n): n.op_type for n in reference.graph}
+    known = [*origin, recipe.sha256, target.sha256, sha256_json(table.to_json()), __version__, runtime_version()]
     return Prepared(
-        model=model,
+        model=reference,
         step=step,
-        target=profile,
+        target=target,
         table=table,
         nodes={n: types[n] for n in changed},
-        sha256=sha256_json([*evidence, __version__, runtime_version()]),
+        sha256=sha256_json(known),
     )
 
 
