@@ -15,6 +15,7 @@ EXTRAS = {
     "pydantic": "compress",
     "yaml": "compress",
     "PIL": "compress",
+    "scipy": "compress",
     "jinja2": "compress",
     "matplotlib": "compress",
     "tuf": "release",

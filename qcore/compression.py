@@ -247,7 +247,7 @@ def _mend(
     if isinstance(step, CorrectBiasStep) and step.kind == "analytic":
         rewrite = correct_bias_analytically(model, reference, channel_statistics(reference, evidence))
     else:
-        bits = run.target.weight_scheme(0, bits=quantize_step.weight_bits).bits
+        bits = run.target.weight_scheme(0, bits=quantize_step.weight_bits).width
         refine = correct_bias if isinstance(step, CorrectBiasStep) else partial(round_weights, step=step, bits=bits)
         rewrite = refine_layers(model, reference, evidence.fitted(step.samples), refine, step.positions)
     before, after = _distance(run, model), _distance(run, rewrite.model)

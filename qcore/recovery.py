@@ -47,7 +47,7 @@ def channel_statistics(model: ir.Model, evidence: Evidence) -> dict[str, Channel
     predict = expose(model, [name for name in tensors_to_calibrate(model) if name not in fed])
 
     def floats(tensors: Tensors) -> dict[str, NDArray[np.floating]]:
-        return {k: v for k, v in tensors.items() if np.issubdtype(v.dtype, np.floating)}
+        return {k: v.astype(np.float32, copy=False) for k, v in tensors.items() if v.dtype.kind == "f"}
 
     return stream_channels(floats({**sample, **predict(sample)}) for sample in evidence.fit)
 

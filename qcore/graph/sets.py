@@ -37,7 +37,7 @@ class SetLayer:
     @property
     def outputs(self) -> int:
         """The number of output channels."""
-        return self.weight.shape[0] * self.weight.shape[1]
+        return int(self.weight.shape[0] * self.weight.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -61,8 +61,8 @@ def layers(
         add_up,
         judge_layers,
     )
-    from qcore.methods.quantize import TARGET_KEY
     from qcore.runtime.ort import runtime_identity
+    from qcore.target import TARGET_KEY
 
     if samples < 1:
         raise ConfigError(f"samples is {samples}; allowed: 1 or more")
