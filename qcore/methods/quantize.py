@@ -98,6 +98,8 @@ def quantize(model: ir.Model, step: QuantizeStep, target: TargetProfile, table: 
             opset or the form cannot hold it.
         CalibrationError: `exclude` or `precision` names a node that does not exist.
     """
+    if step.form == "qoperator" and target.bias != "int32":
+        raise ModelError(f"form qoperator has int32 biases, {target.name} wants float ones; use form qdq")
     out = editable_copy(model if target.opset is None else convert_opset(model, target.opset))
     _check_quantizable(out, step)
     choice = Choice(floating=step.nodes_in("float") | step.nodes_in("float16"), wide=step.nodes_in("int16"))
