@@ -22,8 +22,8 @@ from qcore.runtime.nodewise import Walk, expose, inputs_of, start_walk
 
 Array = NDArray[np.float64]
 Tensors = Mapping[str, NDArray[np.generic]]
-Refine = Callable[[GridLayer, LayerMoments], tuple[Array, Array]]
-"""From a layer and its moments to its integers (groups, outputs, inputs) and its bias (groups, outputs)."""
+Refine = Callable[[GridLayer, LayerMoments], tuple[GridLayer, Array]]
+"""From a layer and its moments to what it should be and its bias (groups, outputs)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +59,10 @@ def refine_layers(
             wanted=matrix,
             integers=matrix_of(layer, constant_array(layer.weight)) - layer.zero,
             scale=scale_of(layer, matrix.shape),
+            shared=layer.scale.size == 1,
         )
-        integers, bias = refine(grid, _moments(walk, layer, wanted[name], matrix.shape))
-        walk.constants.update(replace_layer(layer, integers, bias))
+        refined, bias = refine(grid, _moments(walk, layer, wanted[name], matrix.shape))
+        walk.constants.update(replace_layer(layer, refined, bias))
     return Rewrite(model=out, changed=tuple(node_name(la.node) for la in layers), skipped=tuple(skipped))
 
 

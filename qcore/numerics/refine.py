@@ -6,7 +6,8 @@ Both start from the same evidence: moments of the inputs as the quantized graph 
 float graph makes them, over the same samples.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +36,13 @@ class GridLayer:
     """A layer's weights as they should be and as they are.
 
     `wanted` (groups, outputs, inputs) is float, `integers` of the same shape and without zero point, `scale` (groups,
-    outputs) positive.
+    outputs) positive; `shared` says that it is one number for all outputs.
     """
 
     wanted: Array
     integers: Array
     scale: Array
+    shared: bool = False
 
 
 class MomentSums:
@@ -83,8 +85,8 @@ def corrected_bias(integers: Array, scale: Array, moments: LayerMoments) -> Arra
 
 def refined_weights(
     layer: GridLayer, moments: LayerMoments, levels: tuple[int, int], damping: float, pull: float | None
-) -> Array:
-    """Return integers with which the layer's outputs stay closest to those that are wanted.
+) -> GridLayer:
+    """Return the layer with integers for which its outputs stay closest to those that are wanted.
 
     Args:
         layer: the weights and their grid.
@@ -100,4 +102,25 @@ def refined_weights(
         ridge = (pull * np.trace(moments.covariance, axis1=1, axis2=2) / k + 1e-12)[:, None, None] * np.eye(k)
         missing = moments.cross - target @ moments.covariance
         target = target + np.swapaxes(np.linalg.solve(moments.covariance + ridge, np.swapaxes(missing, 1, 2)), 1, 2)
-    return round_second_order(target, moments.covariance, layer.scale, levels, damping)
+    return replace(layer, integers=round_second_order(target, moments.covariance, layer.scale, levels, damping))
+
+
+def best_scales(tried: Sequence[GridLayer], moments: LayerMoments, shared: bool) -> GridLayer:
+    """Return the layer with the best of several roundings on grids of different scales.
+
+    Args:
+        tried: the same layer, rounded on different grids.
+        moments: of its inputs.
+        shared: all outputs have one scale and are chosen together, else each for itself.
+    """
+    errors = []
+    for layer in tried:
+        difference = layer.integers * layer.scale[:, :, None] - layer.wanted
+        errors.append(((difference @ moments.covariance) * difference).sum(axis=2))
+    total = np.stack(errors)
+    if shared:
+        return tried[int(total.sum(axis=(1, 2)).argmin())]
+    best = total.argmin(axis=0)
+    integers = np.take_along_axis(np.stack([la.integers for la in tried]), best[None, :, :, None], axis=0)[0]
+    scale = np.take_along_axis(np.stack([la.scale for la in tried]), best[None], axis=0)[0]
+    return replace(tried[0], integers=integers, scale=scale)
