@@ -89,6 +89,8 @@ def balance(
 
 def _layer_cost(la: LayerTerm, steep: NDArray[np.float32], t: list[Array], slopes: list[Array]) -> float:
     """Return the logarithm of what the weights of `la` cost, and add its derivatives to `slopes`."""
+    if not la.peak.any():
+        return 0.0
     groups, outputs, inputs = la.peak.shape
     into = t[la.into].reshape(groups, inputs) if la.into is not None else np.zeros((groups, inputs))
     out = t[la.out].reshape(groups, outputs) if la.out is not None else np.zeros((groups, outputs))
@@ -123,7 +125,9 @@ def _layer_cost(la: LayerTerm, steep: NDArray[np.float32], t: list[Array], slope
 
 def _tensor_cost(x: TensorTerm, t: Array, slope: Array) -> float:
     """Return the logarithm of what rounding the values of `x` costs, and add its derivatives to `slope`."""
-    parts = np.power(x.peak / max(float(x.peak.max()), TINY), P) * np.exp(-P * t)
+    if not x.peak.any():
+        return 0.0
+    parts = np.power(x.peak / float(x.peak.max()), P) * np.exp(-P * t)
     norm = float(parts.sum()) + TINY
     weight = x.importance * np.exp(2 * t)
     total = float(np.exp(2 / P * np.log(norm)) * weight.sum())
