@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 P = 16.0
 RIDGE = 1e-4  # holds the scales of channels that no term speaks of
 ITERATIONS = 80
+LIMIT = 15.0  # of a logarithm: a long step of the line search must not overflow
 REACHED = 0.999  # of a bound: rounding in the runtime must not hide that a channel was cut
 TINY = 1e-300
 
@@ -67,9 +68,9 @@ def balance(
     cut = {k: r for k, r in reached.items() if (r >= REACHED).any()}
     ends = np.cumsum(sizes)[:-1]
     offsets = [np.log(np.maximum(cut[k], 1e-6)) if k in cut else np.zeros(n) for k, n in enumerate(sizes)]
-    bounds: list[tuple[float | None, float | None]] = []
+    bounds: list[tuple[float, float]] = []
     for k, n in enumerate(sizes):
-        bounds += [(0.0, 0.0 if r >= REACHED else None) for r in cut[k]] if k in cut else [(None, None)] * n
+        bounds += [(0.0, 0.0 if r >= REACHED else LIMIT) for r in cut[k]] if k in cut else [(-LIMIT, LIMIT)] * n
     steep = [np.power(la.peak / max(float(la.peak.max()), TINY), P).astype(np.float32) for la in layers]
 
     def logs(u: Array) -> list[Array]:

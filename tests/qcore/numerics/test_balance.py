@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcore.numerics.balance import (
-    P,
     LayerTerm,
+    P,
     TensorTerm,
     _layer_cost,
     _tensor_cost,

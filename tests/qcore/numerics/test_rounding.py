@@ -13,7 +13,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 def problem(seed, shape, correlated=True):
     rng = np.random.default_rng(seed)
-    groups, outputs, k = shape
+    groups, _, k = shape
     w = rng.standard_normal(shape)
     x = rng.standard_normal((groups, 3 * k, k))
     if correlated:
