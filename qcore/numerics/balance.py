@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 P = 16.0
 RIDGE = 1e-4  # holds the scales of channels that no term speaks of
 ITERATIONS = 80
+LIMIT = 15.0  # of a logarithm: a long step of the line search must not overflow
 REACHED = 0.999  # of a bound: rounding in the runtime must not hide that a channel was cut
 TINY = 1e-300
 
@@ -67,9 +68,9 @@ def balance(
     cut = {k: r for k, r in reached.items() if (r >= REACHED).any()}
     ends = np.cumsum(sizes)[:-1]
     offsets = [np.log(np.maximum(cut[k], 1e-6)) if k in cut else np.zeros(n) for k, n in enumerate(sizes)]
-    bounds: list[tuple[float | None, float | None]] = []
+    bounds: list[tuple[float, float]] = []
     for k, n in enumerate(sizes):
-        bounds += [(0.0, 0.0 if r >= REACHED else None) for r in cut[k]] if k in cut else [(None, None)] * n
+        bounds += [(0.0, 0.0 if r >= REACHED else LIMIT) for r in cut[k]] if k in cut else [(-LIMIT, LIMIT)] * n
     steep = [np.power(la.peak / max(float(la.peak.max()), TINY), P).astype(np.float32) for la in layers]
 
     def logs(u: Array) -> list[Array]:
@@ -89,6 +90,8 @@ def balance(
 
 def _layer_cost(la: LayerTerm, steep: NDArray[np.float32], t: list[Array], slopes: list[Array]) -> float:
     """Return the logarithm of what the weights of `la` cost, and add its derivatives to `slopes`."""
+    if not la.peak.any():
+        return 0.0
     groups, outputs, inputs = la.peak.shape
     into = t[la.into].reshape(groups, inputs) if la.into is not None else np.zeros((groups, inputs))
     out = t[la.out].reshape(groups, outputs) if la.out is not None else np.zeros((groups, outputs))
@@ -123,7 +126,9 @@ def _layer_cost(la: LayerTerm, steep: NDArray[np.float32], t: list[Array], slope
 
 def _tensor_cost(x: TensorTerm, t: Array, slope: Array) -> float:
     """Return the logarithm of what rounding the values of `x` costs, and add its derivatives to `slope`."""
-    parts = np.power(x.peak / max(float(x.peak.max()), TINY), P) * np.exp(-P * t)
+    if not x.peak.any():
+        return 0.0
+    parts = np.power(x.peak / float(x.peak.max()), P) * np.exp(-P * t)
     norm = float(parts.sum()) + TINY
     weight = x.importance * np.exp(2 * t)
     total = float(np.exp(2 / P * np.log(norm)) * weight.sum())

@@ -1,0 +1,74 @@
+"""Moments, the bias that follows from them, and weights for inputs that are not the float model's."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcore.numerics.refine import GridLayer, MomentSums, corrected_bias, refined_weights
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def rows(seed, groups=2, inputs=3, outputs=4, n=50):
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((groups, n, inputs)) + rng.standard_normal((groups, 1, inputs))).astype(np.float32)
+    w = rng.standard_normal((groups, outputs, inputs))
+    y = x @ np.swapaxes(w, 1, 2) + rng.standard_normal((groups, 1, outputs))
+    return x, y.astype(np.float32), w
+
+
+def moments_of(x, y, parts=1):
+    sums = MomentSums(x.shape[0], y.shape[2], x.shape[2])
+    for a, b in zip(np.array_split(x, parts, axis=1), np.array_split(y, parts, axis=1), strict=True):
+        sums.add(a, b)
+    return sums.moments()
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.integers(1, 4))
+def test_moments_are_means_and_covariances_however_they_were_added(seed, parts):
+    x, y, _ = rows(seed)
+    m = moments_of(x, y, parts)
+    for g in range(2):
+        joint = np.cov(np.hstack([y[g], x[g]]).astype(np.float64), rowvar=False, bias=True)
+        np.testing.assert_allclose(m.covariance[g], joint[4:, 4:], atol=1e-4)
+        np.testing.assert_allclose(m.cross[g], joint[:4, 4:], atol=1e-4)
+    np.testing.assert_allclose(m.mean_in, x.mean(axis=1), atol=1e-5)
+    np.testing.assert_allclose(m.mean_out, y.mean(axis=1), atol=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds)
+def test_the_corrected_bias_restores_the_means(seed):
+    x, y, w = rows(seed)
+    scale = np.abs(w).max(axis=2) / 3
+    integers = np.rint(w / scale[:, :, None])
+    bias = corrected_bias(integers, scale, moments_of(x, y))
+    made = x @ np.swapaxes(integers * scale[:, :, None], 1, 2) + bias[:, None, :]
+    np.testing.assert_allclose(made.mean(axis=1), y.mean(axis=1), atol=1e-4)
+
+
+def output_error(x, y, layer, q):
+    made = x @ np.swapaxes(q * layer.scale[:, :, None], 1, 2)
+    made = made - made.mean(axis=1, keepdims=True)
+    return float(((made - (y - y.mean(axis=1, keepdims=True))) ** 2).sum())
+
+
+def test_pulled_weights_answer_to_the_inputs_that_come():
+    """Inputs arrive distorted (x = 0.5 of what the float layer saw): weights twice as large make up for it."""
+    x, y, w = rows(3, groups=1, n=400)
+    seen = (0.5 * x).astype(np.float32)
+    layer = GridLayer(wanted=w, integers=np.rint(w / 0.01), scale=np.full(w.shape[:2], 0.01))
+    m = moments_of(seen, y)
+    held, pulled = (refined_weights(layer, m, (-999, 999), 0.01, pull) for pull in (None, 1e-4))
+    np.testing.assert_allclose(held * 0.01, w, atol=0.02)
+    np.testing.assert_allclose(pulled * 0.01, 2 * w, atol=0.05)
+    assert output_error(seen, y, layer, pulled) < 0.01 * output_error(seen, y, layer, held)
+
+
+def test_a_firm_pull_changes_nothing():
+    x, y, w = rows(4, groups=1)
+    layer = GridLayer(wanted=w, integers=np.rint(w / 0.1), scale=np.full(w.shape[:2], 0.1))
+    m = moments_of((0.5 * x).astype(np.float32), y)
+    firm, none = (refined_weights(layer, m, (-99, 99), 0.01, pull) for pull in (1e9, None))
+    np.testing.assert_array_equal(firm, none)
