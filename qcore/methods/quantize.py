@@ -32,7 +32,7 @@ from qcore.graph.traverse import (
     only_consumer,
 )
 from qcore.numerics.affine import TINY_SCALE, Float, QParams, QScheme, channel_range, qparams_from_range, quantize_array
-from qcore.numerics.stats import RangeRule, range_from_stats
+from qcore.numerics.stats import RangeRule, RuleKind, range_from_stats
 from qcore.target import TargetProfile
 
 TARGET_KEY = "qcore.target"
@@ -51,7 +51,7 @@ class QuantizeStep(Config):
     """
 
     method: Literal["quantize"] = "quantize"
-    ranges: Literal["min-max", "percentile"] = "min-max"
+    ranges: RuleKind = "min-max"
     percentile: float = Field(default=99.99, gt=50, le=100)
     weight_bits: int | None = Field(default=None, ge=2, le=8)
     exclude: tuple[str, ...] = ()
@@ -273,7 +273,7 @@ def _activation_params(
         if source in params:
             params[name] = params[source]
         else:
-            low, high = range_from_stats(table.stats[str(_measured(value, target).name)], rule)
+            low, high = range_from_stats(table.stats[str(_measured(value, target).name)], rule, scheme)
             params[name] = qparams_from_range(np.asarray(low), np.asarray(high), scheme)
     return params
 

@@ -8,7 +8,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,13 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from qcore.data.dataset import Batch
 from qcore.errors import DataError, ModelError
 from qcore.report import Latency
+from qcore.runtime.pieces import Piece, cut
 
 Tensors = Mapping[str, NDArray[np.generic]]
 Predict = Callable[[Tensors], dict[str, NDArray[np.generic]]]
+
+PIECE_BYTES = 16 << 20
+"""How much of a batch's activations is fetched at a time."""
 
 _FAILURES = (
     ort_errors.Fail,
@@ -92,48 +98,98 @@ def feeds(loaded: Loaded, batch: Batch) -> dict[str, NDArray[np.generic]]:
     Raises:
         DataError: shapes, names or dtypes do not fit; the message holds both.
     """
-    names = [p.name for p in loaded.inputs]
+    return _fed(loaded.inputs, batch, loaded.name)
+
+
+def _fed(ports: Sequence[Port], batch: Batch, model: str) -> dict[str, NDArray[np.generic]]:
+    names = [p.name for p in ports]
     x = dict(batch.x)
     if set(x) == {""}:
         if len(names) != 1:
-            raise DataError(
-                f"{loaded.name} has inputs {', '.join(names)}; name an array for each in the card's `inputs`"
-            )
+            raise DataError(f"{model} has inputs {', '.join(names)}; name an array for each in the card's `inputs`")
         x = {names[0]: x[""]}
     if set(x) != set(names):
-        raise DataError(f"the card feeds inputs {sorted(x)}; {loaded.name} wants {sorted(names)}; correct `inputs`")
-    return {port.name: _fitted(x[port.name], port, loaded.name) for port in loaded.inputs}
+        raise DataError(f"the card feeds inputs {sorted(x)}; {model} wants {sorted(names)}; correct `inputs`")
+    return {port.name: _fitted(x[port.name], port, model) for port in ports}
 
 
 def activations(
     model: bytes, names: Sequence[str], batches: Iterable[Batch], *, name: str = "model", threads: int = 0
 ) -> Iterator[tuple[int, Tensors]]:
-    """Yield, per batch, the number of samples and the float tensors among `names` (graph inputs included).
+    """Yield the number of samples of each batch with the float tensors among `names` (graph inputs included).
+
+    If those of a batch are more than `PIECE_BYTES`, the model runs in pieces, and further tensors of the batch follow
+    with the number 0. The next batch is read while this one is worked on. Let go of the tensors before asking for
+    more: they are not copied, and two of them need twice the memory.
 
     Raises:
         ModelError: the runtime cannot load the model with these outputs.
         DataError: the samples do not fit the model.
     """
     proto = onnx.ModelProto.FromString(model)
+    del model
     wanted = set(names)
-    present = {o.name for o in proto.graph.output}
-    inner = [n for n in names if n not in present and n not in {i.name for i in proto.graph.input}]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in inner)
-    # Extended optimizations fuse what is not asked for and keep the plain memory layout.
-    session = _session(
-        proto.SerializeToString(), name, _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
-    )
-    del proto
-    loaded = _loaded(session, name)
-    fetch = [p.name for p in loaded.outputs if p.name in wanted and p.dtype == np.float32]
-    for batch in batches:
-        fed = feeds(loaded, batch)
-        values = dict(zip(fetch, _run(session, fetch, fed, name), strict=True))
-        values |= {k: v for k, v in fed.items() if k in wanted and v.dtype == np.float32}
-        n = len(batch.index)
-        if n != loaded.fixed_batch and loaded.fixed_batch is not None:
-            values = {k: v[:n] if v.ndim and len(v) == loaded.fixed_batch else v for k, v in values.items()}
-        yield n, values
+    constants = {t.name for t in proto.graph.initializer}
+    ports = tuple(_declared(i) for i in proto.graph.input if i.name not in constants)
+    with ThreadPoolExecutor(1) as reader:
+        fed = _fed_ahead(reader, batches, ports, name)
+        first = next(fed, None)
+        if first is None:
+            return
+        pieces = list(cut(proto, wanted, {k: v.shape for k, v in first[1].items()}, PIECE_BYTES))
+        del proto
+        runs = [_runner(pieces.pop(0), name, threads) for _ in range(len(pieces))]
+        later = [{r for reads, _ in runs[k + 1 :] for r in reads} for k in range(len(runs))]
+        for n, live in chain([first], fed):
+            for k, (_, run) in enumerate(runs):
+                made = run(live)
+                values = {t: v for t, v in (made if k else live | made).items() if t in wanted}
+                live = {t: v for t, v in (live | made).items() if t in later[k]}
+                yield (0 if k else n), {t: _unpadded(v, n) for t, v in values.items() if v.dtype == np.float32}
+                del values, made
+
+
+def _fed_ahead(
+    reader: ThreadPoolExecutor, batches: Iterable[Batch], ports: Sequence[Port], name: str
+) -> Iterator[tuple[int, dict[str, NDArray[np.generic]]]]:
+    """Yield number of samples and inputs of each batch; `reader` prepares the next one meanwhile."""
+    source = iter(batches)
+
+    def prepared() -> tuple[int, dict[str, NDArray[np.generic]]] | None:
+        batch = next(source, None)
+        return None if batch is None else (len(batch.index), _fed(ports, batch, name))
+
+    following = reader.submit(prepared)
+    while (ready := following.result()) is not None:
+        following = reader.submit(prepared)
+        yield ready
+
+
+def _runner(piece: Piece, name: str, threads: int) -> tuple[tuple[str, ...], Predict]:
+    """Return what a piece reads, and the function that runs it: from all tensors at hand to what the piece gives."""
+    options = _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    # Between two runs the cores count and read images; spinning threads would take them.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = _session(piece.model, name, options)
+    given = [o.name for o in session.get_outputs() if o.name in piece.gives]
+
+    def run(live: Tensors) -> dict[str, NDArray[np.generic]]:
+        return dict(zip(given, _run(session, given, {k: live[k] for k in piece.reads}, name), strict=True))
+
+    return piece.reads, run
+
+
+def _unpadded(x: NDArray[np.generic], n: int) -> NDArray[np.generic]:
+    """Return `x` without the rows that come from the copies of the last sample, if it has such rows."""
+    if x.ndim and 0 < n < len(x) and all(np.array_equal(x[n - 1], row) for row in x[n:]):
+        return x[:n]
+    return x
+
+
+def _declared(value: onnx.ValueInfoProto) -> Port:
+    kind = value.type.tensor_type
+    shape = tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)
+    return Port(name=value.name, dtype=np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape=shape)
 
 
 def optimized_ops(model: bytes, *, name: str = "model") -> Counter[str]:

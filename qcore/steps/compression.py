@@ -74,7 +74,7 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
         CalibrationError: the table is of another model.
         ConfigError: the recipe changes weights before it quantizes, which the table has not seen.
     """
-    from qcore.calibration import load_table
+    from qcore.calibration import check_table, load_table
     from qcore.canonical import sha256_bytes
     from qcore.compression import load_recipe
     from qcore.graph.io import read_model_bytes
@@ -88,7 +88,7 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
             "`qcore prune`, calibrate the result, then quantize; or use `qcore compress`"
         )
     measured = load_table(table)
-    _expect_table_of(measured, sha256_bytes(read_model_bytes(model)), model)
+    check_table(measured, model_sha256=sha256_bytes(read_model_bytes(model)), name=str(model))
     return _compressed(model, out, loaded, target, lambda current: measured)
 
 
@@ -176,13 +176,3 @@ def _unchanged(model: Path, out: Path, recipe: "Recipe") -> CompressionSummary:
         target="any",
         steps=(),
     )
-
-
-def _expect_table_of(table: "CalibrationTable", sha256: Digest, model: Path) -> None:
-    from qcore.errors import CalibrationError
-
-    if table.model_sha256 != sha256:
-        raise CalibrationError(
-            f"the calibration table is of model {table.model_sha256[:12]}, but {model} is {sha256[:12]}; run "
-            "`qcore calibrate` on this model"
-        )
