@@ -71,7 +71,7 @@ def parse_model(data: bytes, name: str) -> ir.Model:
             "onnx.version_converter.convert_version"
         )
     try:
-        onnx.checker.check_model(proto)
+        onnx.checker.check_model(data)  # the bytes: a proto would be written out once more
     except onnx.checker.ValidationError as e:
         reason = str(e).strip().splitlines()[0]
         raise ModelError(f"{name} is not a valid ONNX model: {reason}; export it again") from e

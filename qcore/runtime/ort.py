@@ -14,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
@@ -22,14 +21,12 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from qcore.data.dataset import Batch
 from qcore.errors import DataError, ModelError
 from qcore.report import Latency
-from qcore.runtime.pieces import Piece, cut
+from qcore.runtime.piece import Piece
 
 Tensors = Mapping[str, NDArray[np.generic]]
 Predict = Callable[[Tensors], dict[str, NDArray[np.generic]]]
 
-PIECE_BYTES = 16 << 20
-"""How much of a batch's activations is fetched at a time."""
-
+_ALIGN = 64  # bytes; what vector instructions like
 _FAILURES = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
@@ -118,33 +115,45 @@ def activations(
 ) -> Iterator[tuple[int, Tensors]]:
     """Yield the number of samples of each batch with the float tensors among `names` (graph inputs included).
 
-    If those of a batch are more than `PIECE_BYTES`, the model runs in pieces, and further tensors of the batch follow
-    with the number 0. The next batch is read while this one is worked on. Let go of the tensors before asking for
-    more: they are not copied, and two of them need twice the memory.
+    If those of a batch are more than `pieces.PIECE_BYTES`, the model runs in pieces, and further tensors of the batch
+    follow with the number 0. The next batch is read while this one is worked on. Let go of the tensors before asking
+    for more: they are not copied, and two of them need twice the memory.
 
     Raises:
         ModelError: the runtime cannot load the model with these outputs.
         DataError: the samples do not fit the model.
     """
-    proto = onnx.ModelProto.FromString(model)
+    from qcore.runtime.pieces import cut
+
+    source = iter(batches)
+    first = next(source, None)
+    if first is None:
+        return
+    pieces = list(cut(model, names, {k: v.shape[1:] for k, v in first.x.items()}))
     del model
+    yield from piece_activations(pieces, names, chain([first], source), threads=threads, reuse=False)
+
+
+def piece_activations(
+    pieces: Sequence[Piece], names: Sequence[str], batches: Iterable[Batch], *, threads: int = 0, reuse: bool = True
+) -> Iterator[tuple[int, Tensors]]:
+    """Yield what `activations` does for a model that was cut into `pieces`.
+
+    With `reuse` all tensors lie in one buffer, and hold their values only until the next are asked for.
+    """
+    name = "the model"
     wanted = set(names)
-    constants = {t.name for t in proto.graph.initializer}
-    ports = tuple(_declared(i) for i in proto.graph.input if i.name not in constants)
+    shared = _Buffer(np.empty(0, np.uint8)) if reuse else None
+    sessions = [_runner(pieces.pop(0), name, threads, shared) for _ in range(len(pieces))]
+    ports, runs = sessions[0][0], [run for _, run in sessions]
+    later = [{p.name for inputs, _ in sessions[k + 1 :] for p in inputs} for k in range(len(sessions))]
     with ThreadPoolExecutor(1) as reader:
-        fed = _fed_ahead(reader, batches, ports, name)
-        first = next(fed, None)
-        if first is None:
-            return
-        pieces = list(cut(proto, wanted, {k: v.shape for k, v in first[1].items()}, PIECE_BYTES))
-        del proto
-        runs = [_runner(pieces.pop(0), name, threads) for _ in range(len(pieces))]
-        later = [{r for reads, _ in runs[k + 1 :] for r in reads} for k in range(len(runs))]
-        for n, live in chain([first], fed):
-            for k, (_, run) in enumerate(runs):
+        for n, live in _fed_ahead(reader, batches, ports, name):
+            for k, run in enumerate(runs):
                 made = run(live)
                 values = {t: v for t, v in (made if k else live | made).items() if t in wanted}
-                live = {t: v for t, v in (live | made).items() if t in later[k]}
+                # What a later piece reads must outlive the buffer's next use.
+                live = {t: v.copy() if t in made and reuse else v for t, v in (live | made).items() if t in later[k]}
                 yield (0 if k else n), {t: _unpadded(v, n) for t, v in values.items() if v.dtype == np.float32}
                 del values, made
 
@@ -165,18 +174,66 @@ def _fed_ahead(
         yield ready
 
 
-def _runner(piece: Piece, name: str, threads: int) -> tuple[tuple[str, ...], Predict]:
-    """Return what a piece reads, and the function that runs it: from all tensors at hand to what the piece gives."""
+@dataclass(slots=True)
+class _Buffer:
+    """Memory that large outputs of all pieces are written to, one piece at a time; it grows as needed."""
+
+    memory: NDArray[np.uint8]
+
+
+def _runner(piece: Piece, name: str, threads: int, shared: _Buffer | None) -> tuple[tuple[Port, ...], Predict]:
+    """Return what a piece reads, and the function that runs it: from all tensors at hand to what the piece gives.
+
+    The first run with inputs of some shapes finds the shapes of the outputs; later ones write to `shared`.
+    """
     options = _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
     # Between two runs the cores count and read images; spinning threads would take them.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Pieces take turns with one heap; an arena each would keep what the others could use.
+    options.enable_cpu_mem_arena = False
     session = _session(piece.model, name, options)
     given = [o.name for o in session.get_outputs() if o.name in piece.gives]
+    known: dict[tuple[tuple[int, ...], ...], dict[str, NDArray[np.generic]]] = {}
 
     def run(live: Tensors) -> dict[str, NDArray[np.generic]]:
-        return dict(zip(given, _run(session, given, {k: live[k] for k in piece.reads}, name), strict=True))
+        fed = {k: live[k] for k in piece.reads}
+        shapes = tuple(v.shape for v in fed.values())
+        if shared is not None and shapes in known:
+            return _run_into(session, fed, _views(known[shapes], shared), name)
+        made = dict(zip(given, _run(session, given, fed, name), strict=True))
+        known.clear()  # one at a time: data of ever new shapes must not pile up
+        known[shapes] = {k: np.broadcast_to(np.zeros((), v.dtype), v.shape) for k, v in made.items()}
+        return made
 
-    return piece.reads, run
+    return tuple(_port(i) for i in session.get_inputs()), run
+
+
+def _views(like: Tensors, shared: _Buffer) -> dict[str, NDArray[np.generic]]:
+    """Return an array of the shape and dtype of each in `like`, one behind the other in the buffer."""
+    starts = np.cumsum([0, *(-(-v.size * v.itemsize // _ALIGN) * _ALIGN for v in like.values())])
+    if shared.memory.size < starts[-1] + _ALIGN:
+        shared.memory = np.empty(starts[-1] + _ALIGN, np.uint8)
+    first = -shared.memory.ctypes.data % _ALIGN
+    return {
+        k: shared.memory[first + start :][: v.size * v.itemsize].view(v.dtype).reshape(v.shape)
+        for (k, v), start in zip(like.items(), starts, strict=False)
+    }
+
+
+def _run_into(
+    session: ort.InferenceSession, fed: Tensors, outputs: dict[str, NDArray[np.generic]], name: str
+) -> dict[str, NDArray[np.generic]]:
+    """Run with `outputs` written to the given arrays; values may change what shapes depend on, then fall back."""
+    binding = session.io_binding()
+    for k, v in fed.items():
+        binding.bind_cpu_input(k, v)
+    for k, v in outputs.items():
+        binding.bind_output(k, "cpu", 0, v.dtype.type, v.shape, v.ctypes.data)
+    try:
+        session.run_with_iobinding(binding)
+    except _FAILURES:
+        return dict(zip(outputs, _run(session, list(outputs), fed, name), strict=True))
+    return outputs
 
 
 def _unpadded(x: NDArray[np.generic], n: int) -> NDArray[np.generic]:
@@ -186,17 +243,13 @@ def _unpadded(x: NDArray[np.generic], n: int) -> NDArray[np.generic]:
     return x
 
 
-def _declared(value: onnx.ValueInfoProto) -> Port:
-    kind = value.type.tensor_type
-    shape = tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)
-    return Port(name=value.name, dtype=np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape=shape)
-
-
 def optimized_ops(model: bytes, *, name: str = "model") -> Counter[str]:
     """Return how often each op type occurs in the graph that the runtime really executes.
 
     A convolution that runs on integers is a `QLinearConv` there, one that does not is a `Conv` or `FusedConv`.
     """
+    import onnx
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         options = _options(1, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
@@ -253,7 +306,7 @@ def _options(threads: int, level: ort.GraphOptimizationLevel) -> ort.SessionOpti
     return options
 
 
-def _session(model: bytes, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
+def _session(model: bytes | Path, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except _FAILURES as e:

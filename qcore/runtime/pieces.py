@@ -6,55 +6,59 @@ and what later pieces read. Together the pieces do exactly what the whole does, 
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import onnx
 from onnx import TensorProto
+
+from qcore.runtime.piece import Piece
+
+PIECE_BYTES = 4 << 20
+"""How much of a batch's activations is fetched at a time."""
 
 _SMALL = 1 << 10  # bytes; larger constants are no shapes, and shape inference does not need their values
 _WIDTH = {TensorProto.DOUBLE: 8, TensorProto.INT64: 8, TensorProto.UINT64: 8, TensorProto.FLOAT16: 2}
 _WHOLE = ("Sequence", "Optional", "SplitToSequence", "ConcatFromSequence")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """A model of some of the nodes: its bytes, what it reads, and what it gives beyond the model's own outputs."""
-
-    model: bytes
-    reads: tuple[str, ...]
-    gives: tuple[str, ...]
-
-
 def cut(
-    model: onnx.ModelProto, wanted: Collection[str], shapes: Mapping[str, Sequence[int]], limit: int
-) -> tuple[Piece, ...]:
-    """Return `model` in as few consecutive pieces as give at most about `limit` bytes of `wanted` tensors each.
+    data: bytes, wanted: Collection[str], samples: Mapping[str, Sequence[int]], limit: int = PIECE_BYTES
+) -> Iterator[Piece]:
+    """Yield a model in as few consecutive pieces as give at most about `limit` bytes of `wanted` tensors each.
 
     Args:
-        model: valid, nodes in topological order; its graph outputs are changed.
+        data: the bytes of a valid model, nodes in topological order.
         wanted: names of tensors that are read from outside.
-        shapes: of the inputs, for one run.
-        limit: bytes of wanted tensors a piece may give, unless a single node gives more.
+        samples: shape of one sample by input ("" for the only one).
+        limit: bytes of wanted tensors a piece may give in one run, unless a single node gives more.
 
     A graph with sequences, subgraphs or types that shape inference does not know stays in one piece.
     """
+    model = onnx.ModelProto.FromString(data)
+    del data
     graph = model.graph
     made = {o for node in graph.node for o in node.output if o}
     inputs = {i.name for i in graph.input}
     inner = sorted((made | {t.name for t in graph.initializer}) & set(wanted) - inputs)
-    known = _types(model, shapes)
+    known = _types(model, samples)
     starts = _starts(graph, known, set(inner), limit)
     carried = _carried(graph, starts)
     if len(starts) == 1 or any(name not in known for names in carried for name in names):
         present = {o.name for o in graph.output}
         graph.output.extend(onnx.ValueInfoProto(name=n) for n in inner if n not in present)
-        reads = tuple(i.name for i in graph.input)
-        return (Piece(model=model.SerializeToString(), reads=reads, gives=tuple(inner)),)
-    return tuple(_pieces(model, starts, carried, (set(inner), known)))
+        reads = tuple(i.name for i in _fed(graph))
+        yield Piece(model=model.SerializeToString(), reads=reads, gives=tuple(inner))
+    else:
+        yield from _pieces(model, starts, carried, (set(inner), known))
 
 
-def _types(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> dict[str, onnx.TypeProto]:
-    """Return the tensor types that shape inference finds for inputs of `shapes`; large weights are left out."""
+def _fed(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """Return the inputs that are no weights."""
+    constants = {t.name for t in graph.initializer}
+    return [i for i in graph.input if i.name not in constants]
+
+
+def _types(model: onnx.ModelProto, samples: Mapping[str, Sequence[int]]) -> dict[str, onnx.TypeProto]:
+    """Return the tensor types that shape inference finds for one run; large weights are left out."""
     light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     graph, source = light.graph, model.graph
     graph.name = source.name
@@ -65,11 +69,11 @@ def _types(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> dict[
             graph.initializer.append(tensor)
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    present = {i.name for i in graph.input}
-    for value in source.input:
-        if value.name not in present:
-            kind = value.type.tensor_type.elem_type
-            graph.input.append(onnx.helper.make_tensor_value_info(value.name, kind, shapes.get(value.name)))
+    for value in _fed(source):
+        kind = value.type.tensor_type
+        declared = [d.dim_value or 1 for d in kind.shape.dim]
+        rest = samples.get(value.name, samples.get("", declared[1:]))
+        graph.input.append(onnx.helper.make_tensor_value_info(value.name, kind.elem_type, [*declared[:1], *rest]))
     try:
         inferred = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
@@ -132,21 +136,20 @@ def _pieces(
     for k, (start, end) in enumerate(_spans(graph, starts)):
         nodes = graph.node[start:end]
         read = {i for n in nodes for i in n.input}
-        outputs = {o for n in nodes for o in n.output if o}
         later = {name for names in carried[k + 1 :] for name in names}
-        constants = [t for t in graph.initializer if t.name in read or (k == 0 and t.name in wanted)]
-        own = {t.name for t in constants}
-        gives = sorted((outputs & (wanted | later | results)) | (own & wanted if k == 0 else set()))
-        fed = [i for i in graph.input if i.name in read and i.name not in own]
+        outputs = {o for n in nodes for o in n.output if o} & (wanted | later | results)
+        if k == 0:
+            outputs |= {t.name for t in graph.initializer} & wanted
+        fed = [i for i in _fed(graph) if k == 0 or i.name in read]
         piece = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
         piece.graph.name = graph.name
         piece.graph.node.extend(nodes)
-        piece.graph.initializer.extend(constants)
+        piece.graph.initializer.extend(t for t in graph.initializer if t.name in read | outputs)
         piece.graph.input.extend(fed)
         piece.graph.input.extend(_without_shape(name, known[name]) for name in carried[k])
-        piece.graph.output.extend(onnx.ValueInfoProto(name=name) for name in gives)
+        piece.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(outputs))
         reads = (*(i.name for i in fed), *carried[k])
-        yield Piece(model=piece.SerializeToString(), reads=reads, gives=tuple(gives))
+        yield Piece(model=piece.SerializeToString(), reads=reads, gives=tuple(sorted(outputs)))
 
 
 def _without_shape(name: str, kind: onnx.TypeProto) -> onnx.ValueInfoProto:

@@ -3,7 +3,7 @@
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -56,21 +56,25 @@ def calibrate(
     from qcore.calibration import CalibrationOptions, merge_tables, save_table, shard_of
     from qcore.data.dataset import open_dataset
     from qcore.errors import CalibrationError
+    from qcore.runtime.heap import one_heap
 
     if jobs < 1:
         raise CalibrationError(f"jobs is {jobs}; allowed: 1 or more")
     refuse_overwrite(out, model, data=data)
+    one_heap()
     patterns = tuple(sorted(set(tensors)))
     options = CalibrationOptions(bins=bins, decay=decay, tensors=patterns)
     dataset = open_dataset(data, split)
-    plan = _planned(model, patterns)
-    options = replace(options, batch=plan["batch"])
-    whole = shard_of(dataset.n, *shard, batch=options.batch)
-    if jobs == 1:
-        table = _count_file(model, plan, (dataset, options, whole), progress)
-    else:
-        count = {"model": str(model), "plan": plan, "data": str(data), "split": split, "options": options.to_json()}
-        table = merge_tables(_count_in_jobs(count, whole, min(jobs, _batches(whole, options)), progress))
+    with tempfile.TemporaryDirectory(prefix="qcore-calibrate-") as name:
+        folder = Path(name)
+        plan = _planned(model, patterns, _sample_shapes(dataset), folder)
+        options = replace(options, batch=plan["batch"])
+        whole = shard_of(dataset.n, *shard, batch=options.batch)
+        if jobs == 1:
+            table = _count(plan, (dataset, options, whole), progress)
+        else:
+            count = {"plan": plan, "data": str(data), "split": split, "options": options.to_json()}
+            table = merge_tables(_count_in_jobs(count, whole, min(jobs, _batches(whole, options)), progress, folder))
     save_table(table, out)
     return table
 
@@ -95,58 +99,112 @@ def count_table(raw: bytes, model: "ir.Model", dataset: "Dataset", bins: int, pr
     from qcore.calibration import CalibrationOptions, shard_of
     from qcore.canonical import sha256_bytes
 
-    plan = {"names": _names_of(model, ()), "batch": _batch_of(model), "sha256": sha256_bytes(raw)}
-    options = CalibrationOptions(bins=bins, batch=plan["batch"])
-    return _count(raw, plan, (dataset, options, shard_of(dataset.n, 1, 1, batch=options.batch)), progress)
+    with tempfile.TemporaryDirectory(prefix="qcore-calibrate-") as name:
+        plan = _cut(raw, _plan(raw, model, ()), _sample_shapes(dataset), Path(name))
+        options = CalibrationOptions(bins=bins, batch=plan["batch"])
+        return _count(plan, (dataset, options, shard_of(dataset.n, 1, 1, batch=options.batch)), progress)
 
 
-def plan_file(model: str, patterns: Sequence[str]) -> Json:
-    """Return what to measure of the model file: `names`, its fixed `batch` (1 if it has none), and its `sha256`."""
-    from qcore.canonical import sha256_bytes
+def plan_file(*, model: str, patterns: Sequence[str]) -> Json:
+    """Return what to measure of a model file.
+
+    Args:
+        model: path of the file.
+        patterns: as `tensors` of `calibrate`.
+
+    Returns:
+        `names` of the tensors, the fixed `batch` of the model (1 if it has none), and the file's `sha256`.
+    """
     from qcore.graph.io import parse_model, read_model_bytes
 
     raw = read_model_bytes(Path(model))
-    parsed = parse_model(raw, model)
-    return {"names": _names_of(parsed, patterns), "batch": _batch_of(parsed), "sha256": sha256_bytes(raw)}
+    return _plan(raw, parse_model(raw, model), patterns)
 
 
-def count_file(
-    *, model: str, plan: Json, data: str, split: str, options: Json, shard: Json, out: str, progress: Progress
-) -> None:
-    """Count one shard of a file and write its table: what a process of `calibrate(jobs=...)` does."""
+def cut_file(*, model: str, plan: Json, shapes: Mapping[str, Sequence[int]], folder: str) -> Json:
+    """Return `plan` with the `pieces` that the model runs in (file, what it reads, what it gives), written to `folder`.
+
+    Args:
+        model: path of the file.
+        plan: of `plan_file`.
+        shapes: of one sample, by input.
+        folder: for the pieces.
+
+    Raises:
+        ModelError: the file is not the one that was planned.
+    """
+    from qcore.canonical import sha256_bytes
+    from qcore.errors import ModelError
+
+    raw = Path(model).read_bytes()
+    if sha256_bytes(raw) != plan["sha256"]:
+        raise ModelError(f"model file {model} changed while it was read; run the same command again")
+    return _cut(raw, plan, shapes, Path(folder))
+
+
+def count_part(*, plan: Json, data: str, split: str, options: Json, shard: Json, out: str, progress: Progress) -> None:
+    """Count one shard and write its table: what a process of `calibrate(jobs=...)` does."""
     from qcore.calibration import CalibrationOptions, Shard, save_table
     from qcore.data.dataset import open_dataset
+    from qcore.runtime.heap import one_heap
 
+    one_heap()
     chosen = CalibrationOptions(**{**options, "tensors": tuple(options["tensors"])})
-    what = (open_dataset(Path(data), split), chosen, Shard(**shard))
-    save_table(_count_file(Path(model), plan, what, progress), Path(out))
+    save_table(_count(plan, (open_dataset(Path(data), split), chosen, Shard(**shard)), progress), Path(out))
 
 
-def _planned(model: Path, patterns: Sequence[str]) -> Json:
-    """Return `plan_file` of a process of its own: onnx_ir brings 35 MB that calibration has no other use for."""
-    if "onnx_ir" in sys.modules:
-        return plan_file(str(model), patterns)
-    arguments = {"model": str(model), "patterns": list(patterns)}
-    return run_children([Call(what="plan", arguments=arguments, name="reading the model")])[0]
+def _planned(model: Path, patterns: Sequence[str], shapes: Mapping[str, Sequence[int]], folder: Path) -> Json:
+    """Return the plan, made by processes of their own: analysis needs memory that counting has no other use for."""
+    first = {"model": str(model), "patterns": list(patterns)}
+    second = {"model": str(model), "shapes": dict(shapes), "folder": str(folder)}
+    if "onnx_ir" in sys.modules:  # the memory is spent already, for instance by a recipe's other steps
+        return cut_file(**second, plan=plan_file(**first))  # type: ignore[arg-type]
+    plan = run_children([Call(what="plan", arguments=first, name="that reads the model")])[0]
+    return run_children([Call(what="cut", arguments={**second, "plan": plan}, name="that cuts the model")])[0]
 
 
-def _count_in_jobs(count: Json, whole: "Shard", jobs: int, progress: Progress) -> "list[CalibrationTable]":
+def _plan(raw: bytes, model: "ir.Model", patterns: Sequence[str]) -> Json:
+    from qcore.canonical import sha256_bytes
+
+    return {"names": _names_of(model, patterns), "batch": _batch_of(model), "sha256": sha256_bytes(raw)}
+
+
+def _cut(raw: bytes, plan: Json, shapes: Mapping[str, Sequence[int]], folder: Path) -> Json:
+    from qcore.runtime.pieces import cut
+
+    pieces = []
+    for k, piece in enumerate(cut(raw, plan["names"], shapes)):
+        path = folder / f"piece{k}.onnx"
+        path.write_bytes(piece.model)
+        pieces.append({"file": str(path), "reads": piece.reads, "gives": piece.gives})
+    return {**plan, "pieces": pieces}
+
+
+def _sample_shapes(dataset: "Dataset") -> dict[str, tuple[int, ...]]:
+    """Return the shape of one sample by input, from the first."""
+    from qcore.data.dataset import batches
+
+    one = replace(dataset, indices=dataset.indices[:1], labels=None if dataset.labels is None else dataset.labels[:1])
+    return {name: x.shape[1:] for name, x in next(batches(one, 1)).x.items()}
+
+
+def _count_in_jobs(
+    count: dict[str, Json], whole: "Shard", jobs: int, progress: Progress, folder: Path
+) -> "list[CalibrationTable]":
     """Return the tables of `jobs` processes that share the samples of `whole`."""
     from qcore.calibration import load_table, shard_of
 
-    batch = count["options"]["batch"]
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    with tempfile.TemporaryDirectory(prefix="qcore-calibrate-") as folder:
-        calls, outs = [], []
-        for k in range(jobs):
-            part = shard_of(whole.stop - whole.start, k + 1, jobs, batch=batch)
-            start, stop = whole.start + part.start, whole.start + part.stop
-            outs.append(Path(folder) / f"{k}.json")
-            shard = {"size": whole.size, "start": start, "stop": stop, "threads": threads}
-            arguments = {**count, "shard": shard, "out": str(outs[-1])}
-            calls.append(Call(what="count", arguments=arguments, name=f"calibrating samples {start} to {stop - 1}"))
-        run_children(calls, progress)
-        return [load_table(path) for path in outs]
+    calls, outs = [], []
+    for k in range(jobs):
+        part = shard_of(whole.stop - whole.start, k + 1, jobs, batch=count["options"]["batch"])
+        start, stop = whole.start + part.start, whole.start + part.stop
+        outs.append(folder / f"{k}.json")
+        shard = {"size": whole.size, "start": start, "stop": stop, "threads": threads}
+        arguments = {**count, "shard": shard, "out": str(outs[-1])}
+        calls.append(Call(what="count", arguments=arguments, name=f"that calibrates samples {start} to {stop - 1}"))
+    run_children(calls, progress)
+    return [load_table(path) for path in outs]
 
 
 def _batches(shard: "Shard", options: "CalibrationOptions") -> int:
@@ -156,23 +214,13 @@ def _batches(shard: "Shard", options: "CalibrationOptions") -> int:
 Counted = tuple["Dataset", "CalibrationOptions", "Shard"]
 
 
-def _count_file(model: Path, plan: Json, what: Counted, progress: Progress) -> "CalibrationTable":
-    from qcore.canonical import sha256_bytes
-    from qcore.errors import ModelError
-
-    raw = [model.read_bytes()]  # handed over below: the runtime's copy is enough
-    if sha256_bytes(raw[0]) != plan["sha256"]:
-        raise ModelError(f"model file {model} changed while it was read; run the same command again")
-    return _count(raw.pop(), plan, what, progress)
-
-
-def _count(raw: bytes, plan: Json, what: Counted, progress: Progress) -> "CalibrationTable":
-    """Return the table of the model with the bytes `raw` over the samples of a shard."""
+def _count(plan: Json, what: Counted, progress: Progress) -> "CalibrationTable":
+    """Return the table of a planned model over the samples of a shard."""
     from qcore.calibration import calibrate as count
 
     dataset, options, shard = what
     return count(
-        _activations(raw, plan["names"], what, progress),
+        _activations(plan, what, progress),
         model_sha256=plan["sha256"],
         data_sha256=dataset.sha256,
         options=options,
@@ -180,11 +228,10 @@ def _count(raw: bytes, plan: Json, what: Counted, progress: Progress) -> "Calibr
     )
 
 
-def _activations(
-    raw: bytes, names: Sequence[str], what: Counted, progress: Progress
-) -> "Iterator[tuple[int, Tensors]]":
+def _activations(plan: Json, what: Counted, progress: Progress) -> "Iterator[tuple[int, Tensors]]":
     from qcore.data.dataset import batches
     from qcore.runtime import ort
+    from qcore.runtime.piece import Piece
 
     dataset, options, shard = what
     part = replace(
@@ -192,9 +239,9 @@ def _activations(
         indices=dataset.indices[shard.start : shard.stop],
         labels=None if dataset.labels is None else dataset.labels[shard.start : shard.stop],
     )
-    produced = ort.activations(raw, names, batches(part, options.batch), threads=shard.threads)
-    del raw
+    pieces = [Piece(model=Path(p["file"]), reads=tuple(p["reads"]), gives=tuple(p["gives"])) for p in plan["pieces"]]
     done = 0
+    produced = ort.piece_activations(pieces, plan["names"], batches(part, options.batch), threads=shard.threads)
     for n, tensors in produced:
         if n and done:
             progress("calibrating", done, part.n)

@@ -121,8 +121,11 @@ def main() -> None:
         match call["what"]:
             case "plan":
                 result = calibration.plan_file(**call["arguments"])
+            case "cut":
+                result = calibration.cut_file(**call["arguments"])
             case "count":
-                result = calibration.count_file(**call["arguments"], progress=progress)
+                calibration.count_part(**call["arguments"], progress=progress)
+                result = None
             case other:
                 raise QcoreError(f"no call is named {other!r}")
     except QcoreError as e:
