@@ -56,6 +56,9 @@ class CalibrationOptions:
         return {"bins": self.bins, "decay": self.decay, "tensors": list(self.tensors), "batch": self.batch}
 
 
+_DEFAULT_OPTIONS = CalibrationOptions()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """What one process counts of a split of `size` samples: those at places `start` to `stop - 1`.
@@ -113,7 +116,7 @@ def calibrate(
     *,
     model_sha256: Digest,
     data_sha256: Digest,
-    options: CalibrationOptions = CalibrationOptions(),  # noqa: B008 - frozen
+    options: CalibrationOptions = _DEFAULT_OPTIONS,
     shard: Shard | None = None,
 ) -> CalibrationTable:
     """Return the table of all `activations`, read once and not kept.
@@ -144,11 +147,10 @@ def calibrate(
                 end += n
             place = _Place(weights=weights, end=end, bins=options.bins)
             # The largest first, so that the threads end together.
-            names = sorted((k for k in tensors if tensors[k].size), key=lambda k: -tensors[k].size)
-            jobs = [pool.submit(_count, stats.get(k), k, tensors[k], place) for k in names]
+            sizes = sorted(((-x.size, name) for name, x in tensors.items() if x.size))
+            jobs = {name: pool.submit(_count, stats.get(name), name, tensors[name], place) for _, name in sizes}
             del tensors  # or it would live while the next one is made
-            stats |= {k: job.result() for k, job in zip(names, jobs, strict=True)}
-            del jobs
+            stats |= {name: job.result() for name, job in jobs.items()}
     if end == shard.start:
         raise CalibrationError("the calibration split has no samples; allowed: at least 1; check the data card")
     if end != shard.stop:

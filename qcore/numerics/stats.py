@@ -105,9 +105,7 @@ def tensor_stats(x: Float, *, bins: int = DEFAULT_BINS, weight: int = ONE) -> Te
     return add_sample(None, x, bins=bins, weight=weight)
 
 
-def add_sample(
-    stats: TensorStats | None, x: Float, *, bins: int = DEFAULT_BINS, weight: int = ONE
-) -> TensorStats:
+def add_sample(stats: TensorStats | None, x: Float, *, bins: int = DEFAULT_BINS, weight: int = ONE) -> TensorStats:
     """Return what merging `stats` with the statistics of one more sample gives, for less work.
 
     Raises:

@@ -129,13 +129,13 @@ def activations(
     first = next(source, None)
     if first is None:
         return
-    pieces = list(cut(model, names, {k: v.shape[1:] for k, v in first.x.items()}))
+    pieces = cut(model, names, {k: v.shape[1:] for k, v in first.x.items()})
     del model
     yield from piece_activations(pieces, names, chain([first], source), threads=threads, reuse=False)
 
 
 def piece_activations(
-    pieces: Sequence[Piece], names: Sequence[str], batches: Iterable[Batch], *, threads: int = 0, reuse: bool = True
+    pieces: Iterable[Piece], names: Sequence[str], batches: Iterable[Batch], *, threads: int = 0, reuse: bool = True
 ) -> Iterator[tuple[int, Tensors]]:
     """Yield what `activations` does for a model that was cut into `pieces`.
 
@@ -144,7 +144,7 @@ def piece_activations(
     name = "the model"
     wanted = set(names)
     shared = _Buffer(np.empty(0, np.uint8)) if reuse else None
-    sessions = [_runner(pieces.pop(0), name, threads, shared) for _ in range(len(pieces))]
+    sessions = [_runner(piece, name, threads, shared) for piece in pieces]
     ports, runs = sessions[0][0], [run for _, run in sessions]
     later = [{p.name for inputs, _ in sessions[k + 1 :] for p in inputs} for k in range(len(sessions))]
     with ThreadPoolExecutor(1) as reader:

@@ -1,16 +1,15 @@
 """A part of a model that runs by itself; here and not in `pieces.py`, so that whoever runs it needs no onnx."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """A model of some of the nodes: its bytes or a file of them, what it reads, and what it gives.
+    """A model of some of the nodes: its bytes, what it reads, and what it gives.
 
     The first piece reads all inputs of the whole.
     """
 
-    model: bytes | Path
+    model: bytes
     reads: tuple[str, ...]
     gives: tuple[str, ...]

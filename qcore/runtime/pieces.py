@@ -16,7 +16,7 @@ PIECE_BYTES = 4 << 20
 """How much of a batch's activations is fetched at a time."""
 
 _SMALL = 1 << 10  # bytes; larger constants are no shapes, and shape inference does not need their values
-_WIDTH = {TensorProto.DOUBLE: 8, TensorProto.INT64: 8, TensorProto.UINT64: 8, TensorProto.FLOAT16: 2}
+_WIDTH: dict[int, int] = {TensorProto.DOUBLE: 8, TensorProto.INT64: 8, TensorProto.UINT64: 8, TensorProto.FLOAT16: 2}
 _WHOLE = ("Sequence", "Optional", "SplitToSequence", "ConcatFromSequence")
 
 

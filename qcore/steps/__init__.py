@@ -5,6 +5,7 @@ so importing this package is cheap. Inputs are never changed, and nothing is wri
 """
 
 from qcore.steps.calibration import CALIBRATION_BINS as CALIBRATION_BINS
+from qcore.steps.calibration import CALIBRATION_DECAY as CALIBRATION_DECAY
 from qcore.steps.calibration import calibrate as calibrate
 from qcore.steps.calibration import merge_tables as merge_tables
 from qcore.steps.compression import CompressionSummary as CompressionSummary

@@ -97,7 +97,6 @@ def merge_tables(*, tables: Sequence[Path], out: Path) -> "CalibrationTable":
 def count_table(raw: bytes, model: "ir.Model", dataset: "Dataset", bins: int, progress: Progress) -> "CalibrationTable":
     """Return the table of `model` (the bytes `raw`) over all samples of `dataset`."""
     from qcore.calibration import CalibrationOptions, shard_of
-    from qcore.canonical import sha256_bytes
 
     with tempfile.TemporaryDirectory(prefix="qcore-calibrate-") as name:
         plan = _cut(raw, _plan(raw, model, ()), _sample_shapes(dataset), Path(name))
@@ -239,7 +238,10 @@ def _activations(plan: Json, what: Counted, progress: Progress) -> "Iterator[tup
         indices=dataset.indices[shard.start : shard.stop],
         labels=None if dataset.labels is None else dataset.labels[shard.start : shard.stop],
     )
-    pieces = [Piece(model=Path(p["file"]), reads=tuple(p["reads"]), gives=tuple(p["gives"])) for p in plan["pieces"]]
+    pieces = (  # read one at a time: the runtime's copy is enough
+        Piece(model=Path(p["file"]).read_bytes(), reads=tuple(p["reads"]), gives=tuple(p["gives"]))
+        for p in plan["pieces"]
+    )
     done = 0
     produced = ort.piece_activations(pieces, plan["names"], batches(part, options.batch), threads=shard.threads)
     for n, tensors in produced:

@@ -53,7 +53,7 @@ def run_children(calls: Sequence[Call], progress: Progress = silent) -> list[Jso
                 if "error" in message:
                     raise _error(*message["error"])
                 if "progress" in message:
-                    what, *reports[k] = message["progress"]  # type: ignore[misc]
+                    what, *reports[k] = message["progress"]
                     done, total = (sum(column) for column in zip(*reports.values(), strict=True))
                     progress(what, done, total)
                 else:
