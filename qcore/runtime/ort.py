@@ -231,7 +231,7 @@ def _run_into(
         binding.bind_output(k, "cpu", 0, v.dtype.type, v.shape, v.ctypes.data)
     try:
         session.run_with_iobinding(binding)
-    except _FAILURES:
+    except (*_FAILURES, RuntimeError):
         return dict(zip(outputs, _run(session, list(outputs), fed, name), strict=True))
     return outputs
 

@@ -106,7 +106,8 @@ def _size(kind: onnx.TypeProto | None) -> int:
     if kind is None:
         return 0
     tensor = kind.tensor_type
-    return math.prod(max(1, d.dim_value) for d in tensor.shape.dim) * _WIDTH.get(tensor.elem_type, 4)
+    elements: int = math.prod(max(1, d.dim_value) for d in tensor.shape.dim)
+    return elements * _WIDTH.get(tensor.elem_type, 4)
 
 
 def _carried(graph: onnx.GraphProto, starts: Sequence[int]) -> list[list[str]]:
