@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from qcore.config import Config
-from qcore.numerics.refine import GridLayer, LayerMoments, best_scales, corrected_bias, refined_weights
+from qcore.numerics.refine import GridLayer, LayerMoments, best_scales, corrected_bias, refined_weights, restored_gain
 
 Array = NDArray[np.float64]
 
@@ -24,7 +24,8 @@ class RoundWeightsStep(Config):
     `damping` and `pull` are shares of the mean diagonal of the second moments: what is added to it, and how firmly the
     least-squares answer to the layer's real inputs is held to the float weights (None: these are rounded as they are).
     `shrink` lists what the scales of the weights are multiplied by; the factor that serves a layer's outputs best is
-    taken, for each scale. With few levels a smaller step is worth the largest weights that it cuts.
+    taken, for each scale. `gain` then corrects the scales for the slope of the outputs, unless they must be powers of
+    two. With few levels a smaller step is worth the largest weights that it cuts.
     """
 
     method: Literal["round-weights"] = "round-weights"
@@ -32,17 +33,23 @@ class RoundWeightsStep(Config):
     positions: int = Field(default=64, ge=1)
     damping: float = Field(default=0.01, gt=0)
     pull: float | None = Field(default=None, gt=0)
+    gain: bool = True
     shrink: tuple[Annotated[float, Field(gt=0.1, le=1)], ...] = Field(default=(1.0,), min_length=1)
 
 
 def round_weights(
-    layer: GridLayer, moments: LayerMoments, step: RoundWeightsStep, bits: int
+    layer: GridLayer, moments: LayerMoments, step: RoundWeightsStep, bits: int, exact: bool = False
 ) -> tuple[GridLayer, Array]:
-    """Return `layer` with integers, symmetric in `bits` bits, with which its outputs stay, and the bias for them."""
+    """Return `layer` with integers, symmetric in `bits` bits, with which its outputs stay, and the bias for them.
+
+    `exact` says that scales must keep their form (powers of two).
+    """
     top = (1 << (bits - 1)) - 1
     tried = [
         refined_weights(replace(layer, scale=layer.scale * factor), moments, (-top, top), step.damping, step.pull)
         for factor in step.shrink
     ]
     best = best_scales(tried, moments, shared=layer.shared)
+    if step.gain and not exact:
+        best = restored_gain(best, moments)
     return best, corrected_bias(best.integers, best.scale, moments)

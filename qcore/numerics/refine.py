@@ -15,18 +15,20 @@ from numpy.typing import NDArray
 from qcore.numerics.rounding import round_second_order
 
 Array = NDArray[np.float64]
+MOST_GAIN = 1.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerMoments:
     """Moments of a layer's inputs x and of its wanted outputs y, over sampled output positions.
 
-    `mean_in` (groups, inputs), `mean_out` (groups, outputs); `covariance` (groups, inputs, inputs) of x with itself and
-    `cross` (groups, outputs, inputs) of y with x. Inputs are input channels times taps.
+    `mean_in` (groups, inputs), `mean_out` and `variance_out` (groups, outputs); `covariance` (groups, inputs, inputs) of
+    x with itself and `cross` (groups, outputs, inputs) of y with x. Inputs are input channels times taps.
     """
 
     mean_in: Array
     mean_out: Array
+    variance_out: Array
     covariance: Array
     cross: Array
 
@@ -52,6 +54,7 @@ class MomentSums:
         self._count = 0
         self._x = np.zeros((groups, inputs))
         self._y = np.zeros((groups, outputs))
+        self._yy = np.zeros((groups, outputs))
         self._xx = np.zeros((groups, inputs, inputs))
         self._yx = np.zeros((groups, outputs, inputs))
 
@@ -60,6 +63,7 @@ class MomentSums:
         self._count += x.shape[1]
         self._x += x.sum(axis=1, dtype=np.float64)
         self._y += y.sum(axis=1, dtype=np.float64)
+        self._yy += np.square(y, dtype=np.float64).sum(axis=1)
         self._xx += np.swapaxes(x, 1, 2) @ x
         self._yx += np.swapaxes(y, 1, 2) @ x
 
@@ -70,6 +74,7 @@ class MomentSums:
         return LayerMoments(
             mean_in=mean_in,
             mean_out=mean_out,
+            variance_out=np.maximum(self._yy / n - mean_out**2, 0.0),
             covariance=self._xx / n - mean_in[:, :, None] * mean_in[:, None, :],
             cross=self._yx / n - mean_out[:, :, None] * mean_in[:, None, :],
         )
@@ -103,6 +108,22 @@ def refined_weights(
         missing = moments.cross - target @ moments.covariance
         target = target + np.swapaxes(np.linalg.solve(moments.covariance + ridge, np.swapaxes(missing, 1, 2)), 1, 2)
     return replace(layer, integers=round_second_order(target, moments.covariance, layer.scale, levels, damping))
+
+
+def restored_gain(layer: GridLayer, moments: LayerMoments) -> GridLayer:
+    """Return `layer` with scales for which its outputs follow the wanted ones one to one.
+
+    Inputs that were quantized before and weights rounded for least squares both make outputs a little smaller. Layer
+    after layer that adds up to a signal that has faded. The factor is `var(y) / cov(y, y')`, the one that makes the
+    slope of y' over y 1; it is a bias correction for the second moment.
+    """
+    follows = (layer.integers * layer.scale[:, :, None] * moments.cross).sum(axis=2)
+    wanted = moments.variance_out
+    if layer.shared:
+        follows, wanted = follows.sum(keepdims=True), wanted.sum(keepdims=True)
+    usable = (follows > 0) & (wanted > 0)
+    gain = np.where(usable, wanted / np.where(usable, follows, 1.0), 1.0)
+    return replace(layer, scale=layer.scale * np.clip(gain, 1 / MOST_GAIN, MOST_GAIN))
 
 
 def best_scales(tried: Sequence[GridLayer], moments: LayerMoments, shared: bool) -> GridLayer:
