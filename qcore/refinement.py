@@ -38,7 +38,7 @@ class _Wanted:
 def refine_layers(
     quantized: ir.Model, reference: ir.Model, samples: Sequence[Tensors], refine: Refine, positions: int
 ) -> Rewrite:
-    """Return `quantized` with every layer refined; `changed` names the layers.
+    """Return `quantized` with every layer refined; `changed` names the layers whose numbers are new.
 
     Args:
         quantized: QDQ model.
@@ -52,6 +52,7 @@ def refine_layers(
     layers, skipped = grid_nodes(out.graph, floats)
     wanted = _wanted(reference, {node_name(la.node): floats[node_name(la.node)] for la in layers}, samples, positions)
     walk = start_walk(ir.serde.serialize_model(out), samples)
+    changed: list[str] = []
     for layer in layers:
         name = node_name(layer.node)
         matrix = matrix_of(layer, constant_array(floats[name].inputs[1]))
@@ -61,8 +62,10 @@ def refine_layers(
             scale=scale_of(layer, matrix.shape),
         )
         integers, bias = refine(grid, _moments(walk, layer, wanted[name], matrix.shape))
-        walk.constants.update(replace_layer(layer, integers, bias))
-    return Rewrite(model=out, changed=tuple(node_name(la.node) for la in layers), skipped=tuple(skipped))
+        new = replace_layer(layer, integers, bias)
+        walk.constants.update(new)
+        changed += [name] if new else []
+    return Rewrite(model=out, changed=tuple(changed), skipped=tuple(skipped))
 
 
 def _wanted(
@@ -93,7 +96,7 @@ def _moments(walk: Walk, layer: GridNode, wanted: Sequence[_Wanted], shape: tupl
     for x, w in zip(inputs_of(walk, layer.node.name or ""), wanted, strict=True):
         y = w.y.reshape(-1, groups, outputs).transpose(1, 0, 2)
         sums.add(_rows(layer, np.asarray(x, np.float32), w), np.ascontiguousarray(y))
-    return sums.moments()
+    return sums.moments(centred=layer.bias is not None)
 
 
 def _rows(layer: GridNode, x: NDArray[np.float32], wanted: _Wanted) -> NDArray[np.float32]:

@@ -156,6 +156,7 @@ def replace_layer(layer: GridNode, integers: Array, bias: Array) -> dict[str, ND
         if layer.bias_scale is not None:
             flat = np.clip(np.rint(flat / layer.bias_scale.astype(np.float64)), _INT32.min, _INT32.max)
         arrays[layer.bias] = flat.reshape(stored.shape).astype(stored.dtype)
+    arrays = {v: a for v, a in arrays.items() if not np.array_equal(a, np.asarray(constant_array(v)))}
     for value, array in arrays.items():
         value.const_value = ir.tensor(array, name=value.name)
     return {str(value.name): array for value, array in arrays.items()}

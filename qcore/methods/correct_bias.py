@@ -55,7 +55,7 @@ def correct_bias_analytically(
     out = editable_copy(quantized)
     floats = {node_name(n): n for n in editable_copy(reference).graph if n.op_type in LAYERS}
     layers, skipped = grid_nodes(out.graph, floats)
-    changed = []
+    changed: list[str] = []
     for layer in layers:
         node = floats[node_name(layer.node)]
         wanted = matrix_of(layer, constant_array(node.inputs[1]))
@@ -69,6 +69,6 @@ def correct_bias_analytically(
         error = integers * scale_of(layer, wanted.shape)[:, :, None] - wanted
         bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
         before = np.zeros(wanted.shape[:2]) if bias is None else bias.astype(np.float64).reshape(wanted.shape[:2])
-        replace_layer(layer, integers, before - (error @ mean[:, :, None])[:, :, 0])
-        changed.append(node_name(layer.node))
+        new = replace_layer(layer, integers, before - (error @ mean[:, :, None])[:, :, 0])
+        changed += [node_name(layer.node)] if new else []
     return Rewrite(model=out, changed=tuple(changed), skipped=tuple(skipped))

@@ -61,10 +61,14 @@ class MomentSums:
         self._xx += np.swapaxes(x, 1, 2) @ x
         self._yx += np.swapaxes(y, 1, 2) @ x
 
-    def moments(self) -> LayerMoments:
-        """Return the moments of all rows so far, at least one."""
+    def moments(self, *, centred: bool = True) -> LayerMoments:
+        """Return the moments of all rows so far, at least one.
+
+        `centred` False gives moments about zero and means of zero: for a layer without a bias, whose weights alone
+        must keep the means of its outputs.
+        """
         n = self._count
-        mean_in, mean_out = self._x / n, self._y / n
+        mean_in, mean_out = self._x / n * centred, self._y / n * centred
         return LayerMoments(
             mean_in=mean_in,
             mean_out=mean_out,
