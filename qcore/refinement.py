@@ -19,6 +19,7 @@ from qcore.graph.traverse import constant_array, ints_attribute, node_name
 from qcore.numerics.refine import GridLayer, LayerMoments, MomentSums
 from qcore.numerics.windows import Window, windows_at
 from qcore.runtime.nodewise import Walk, expose, inputs_of, start_walk
+from qcore.runtime.ort import encoded, load_unfused
 
 Array = NDArray[np.float64]
 Tensors = Mapping[str, NDArray[np.generic]]
@@ -51,7 +52,9 @@ def refine_layers(
     floats = {node_name(n): n for n in editable_copy(reference).graph if n.op_type in LAYERS}
     layers, skipped = grid_nodes(out.graph, floats)
     wanted = _wanted(reference, {node_name(la.node): floats[node_name(la.node)] for la in layers}, samples, positions)
-    walk = start_walk(ir.serde.serialize_model(out), samples)
+    proto = ir.serde.serialize_model(out)
+    loaded = load_unfused(proto.SerializeToString())
+    walk = start_walk(proto, [encoded(loaded, batch) for batch in samples])
     changed: list[str] = []
     for layer in layers:
         name = node_name(layer.node)

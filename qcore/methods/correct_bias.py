@@ -58,6 +58,9 @@ def correct_bias_analytically(
     changed: list[str] = []
     for layer in layers:
         node = floats[node_name(layer.node)]
+        if layer.bias is None:
+            skipped.append(Skipped(node=node_name(node), op_type=node.op_type, reason="it has no bias"))
+            continue
         wanted = matrix_of(layer, constant_array(node.inputs[1]))
         stats = channels.get(str(node.inputs[0].name)) if node.inputs[0] is not None else None
         groups, _, inputs = wanted.shape

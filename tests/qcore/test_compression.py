@@ -88,6 +88,7 @@ steps.compress(model=Path(sys.argv[1]), data=Path(sys.argv[2]), out=Path(sys.arg
 """
 
 
+@pytest.mark.slow
 def test_the_same_bytes_whatever_the_hash_seed(tmp_path):
     proto = conv_net()
     model, card = save(proto, tmp_path / "m.onnx"), write_data(tmp_path, proto)
@@ -124,7 +125,8 @@ def test_transformers_are_mended_too(step, target):
     made = compress(parsed(proto), recipe_with(step, weight_bits=4), load_target(target), evidence_of(x))
     read(made.model)
     mended = step_of(made, step["method"])
-    assert {s.reason for s in mended.skipped if s.op_type == "MatMul"} == {"its weights are not integers"}
+    stacks = {s.node for s in mended.skipped if s.reason == "its weights are not integers"}
+    assert stacks == {"layer0.attention.scores", "layer0.attention.mix"}
     if step["method"] == "round-weights":
         assert mended.kept
         assert {"head", "layer0.up", "layer0.down", "layer0.attention.q"} <= set(mended.changed)
