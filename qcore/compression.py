@@ -121,6 +121,9 @@ def check_order(recipe: Recipe) -> None:
                 f"recipe {recipe.name}: step {step.method} mends a quantized model; put it behind quantize"
             )
         quantized = quantized or isinstance(step, QuantizeStep)
+    mends = next((s for s in recipe.steps if isinstance(s, AFTER)), None)
+    if mends is not None and recipe.quantize_step is not None and recipe.quantize_step.form != "qdq":
+        raise ConfigError(f"recipe {recipe.name}: step {mends.method} mends QDQ models; allowed: form: qdq")
     if any(isinstance(s, BEFORE) for s in recipe.steps) and not quantized:
         raise ConfigError(f"recipe {recipe.name}: step equalize prepares for quantize, which is missing; add it")
 

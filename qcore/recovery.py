@@ -18,7 +18,7 @@ from qcore.methods.quantize import tensors_to_calibrate
 from qcore.numerics.channels import ChannelStats, stream_channels
 from qcore.numerics.error import output_error
 from qcore.runtime.nodewise import expose
-from qcore.runtime.ort import load_unfused
+from qcore.runtime.ort import load_unfused, on_samples
 
 Tensors = Mapping[str, NDArray[np.generic]]
 
@@ -68,6 +68,6 @@ def output_distance(model: ir.Model, reference: ir.Model, evidence: Evidence) ->
 
 
 def _outputs(model: ir.Model, samples: tuple[Tensors, ...]) -> dict[str, NDArray[np.generic]]:
-    predict = load_unfused(serialize_model(model)).predict
+    predict = on_samples(load_unfused(serialize_model(model)))
     parts = [predict(sample) for sample in samples]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -19,6 +19,7 @@ from qcore.graph.traverse import constant_array, ints_attribute, node_name
 from qcore.numerics.refine import GridLayer, LayerMoments, MomentSums
 from qcore.numerics.windows import Window, windows_at
 from qcore.runtime.nodewise import Walk, expose, inputs_of, start_walk
+from qcore.runtime.ort import encoded, load_unfused
 
 Array = NDArray[np.float64]
 Tensors = Mapping[str, NDArray[np.generic]]
@@ -38,7 +39,7 @@ class _Wanted:
 def refine_layers(
     quantized: ir.Model, reference: ir.Model, samples: Sequence[Tensors], refine: Refine, positions: int
 ) -> Rewrite:
-    """Return `quantized` with every layer refined; `changed` names the layers.
+    """Return `quantized` with every layer refined; `changed` names the layers whose numbers are new.
 
     Args:
         quantized: QDQ model.
@@ -51,7 +52,10 @@ def refine_layers(
     floats = {node_name(n): n for n in editable_copy(reference).graph if n.op_type in LAYERS}
     layers, skipped = grid_nodes(out.graph, floats)
     wanted = _wanted(reference, {node_name(la.node): floats[node_name(la.node)] for la in layers}, samples, positions)
-    walk = start_walk(ir.serde.serialize_model(out), samples)
+    proto = ir.serde.serialize_model(out)
+    loaded = load_unfused(proto.SerializeToString())
+    walk = start_walk(proto, [encoded(loaded, batch) for batch in samples])
+    changed: list[str] = []
     for layer in layers:
         name = node_name(layer.node)
         matrix = matrix_of(layer, constant_array(floats[name].inputs[1]))
@@ -62,8 +66,10 @@ def refine_layers(
             shared=layer.scale.size == 1,
         )
         refined, bias = refine(grid, _moments(walk, layer, wanted[name], matrix.shape))
-        walk.constants.update(replace_layer(layer, refined, bias))
-    return Rewrite(model=out, changed=tuple(node_name(la.node) for la in layers), skipped=tuple(skipped))
+        new = replace_layer(layer, refined, bias)
+        walk.constants.update(new)
+        changed += [name] if new else []
+    return Rewrite(model=out, changed=tuple(changed), skipped=tuple(skipped))
 
 
 def _wanted(
@@ -94,7 +100,7 @@ def _moments(walk: Walk, layer: GridNode, wanted: Sequence[_Wanted], shape: tupl
     for x, w in zip(inputs_of(walk, layer.node.name or ""), wanted, strict=True):
         y = w.y.reshape(-1, groups, outputs).transpose(1, 0, 2)
         sums.add(_rows(layer, np.asarray(x, np.float32), w), np.ascontiguousarray(y))
-    return sums.moments()
+    return sums.moments(centred=layer.bias is not None)
 
 
 def _rows(layer: GridNode, x: NDArray[np.float32], wanted: _Wanted) -> NDArray[np.float32]:

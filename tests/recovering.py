@@ -121,3 +121,25 @@ class Net:
 
 def images(n: int = 64, *, seed: int = 5, channels: int = 3, size: int = 6) -> NDArray:
     return np.random.default_rng(seed).standard_normal((n, channels, size, size)).astype(np.float32)
+
+
+def outlier_net(bias: bool = True) -> onnx.ModelProto:
+    """Return a net with one channel of 300 times the size of the others behind each layer, made up for in the next layer."""
+    net = Net(3)
+    tall, previous = 300.0, None
+    for k in range(3):
+        w, b = net.normal(8, net.channels, 3, 3, scale=0.3), net.normal(8)
+        if previous is not None:
+            w[:, previous] /= tall
+        w[k] *= tall
+        b[k] *= tall
+        inputs = [net.at, net.constant(w)] + ([net.constant(b)] if bias else [])
+        net.op("Conv", inputs, pads=[1] * 4)
+        net.relu()
+        net.channels, previous = 8, k
+    last = net.normal(5, 8)
+    last[:, previous] /= tall
+    net.op("GlobalAveragePool", [net.at])
+    net.op("Flatten", [net.at])
+    net.op("Gemm", [net.at, net.constant(last), net.constant(net.normal(5))], transB=1)
+    return net.model(["N", 5])

@@ -166,6 +166,7 @@ def replace_layer(layer: GridNode, refined: GridLayer, bias: Array) -> dict[str,
             if maker is not None and maker.inputs[1] is not None and (moved != layer.scale).any():
                 arrays[maker.inputs[1]] = bias_scale
         arrays[layer.bias] = flat.reshape(stored.shape).astype(stored.dtype)
+    arrays = {v: a for v, a in arrays.items() if not np.array_equal(a, np.asarray(constant_array(v)))}
     for value, array in arrays.items():
         value.const_value = ir.tensor(array, name=value.name)
     return {str(value.name): array for value, array in arrays.items()}

@@ -55,9 +55,12 @@ def correct_bias_analytically(
     out = editable_copy(quantized)
     floats = {node_name(n): n for n in editable_copy(reference).graph if n.op_type in LAYERS}
     layers, skipped = grid_nodes(out.graph, floats)
-    changed = []
+    changed: list[str] = []
     for layer in layers:
         node = floats[node_name(layer.node)]
+        if layer.bias is None:
+            skipped.append(Skipped(node=node_name(node), op_type=node.op_type, reason="it has no bias"))
+            continue
         wanted = matrix_of(layer, constant_array(node.inputs[1]))
         stats = channels.get(str(node.inputs[0].name)) if node.inputs[0] is not None else None
         groups, _, inputs = wanted.shape
@@ -70,6 +73,6 @@ def correct_bias_analytically(
         bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
         before = np.zeros(wanted.shape[:2]) if bias is None else bias.astype(np.float64).reshape(wanted.shape[:2])
         same = GridLayer(wanted=wanted, integers=integers, scale=scale_of(layer, wanted.shape))
-        replace_layer(layer, same, before - (error @ mean[:, :, None])[:, :, 0])
-        changed.append(node_name(layer.node))
+        new = replace_layer(layer, same, before - (error @ mean[:, :, None])[:, :, 0])
+        changed += [node_name(layer.node)] if new else []
     return Rewrite(model=out, changed=tuple(changed), skipped=tuple(skipped))

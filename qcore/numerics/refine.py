@@ -48,10 +48,15 @@ class GridLayer:
 
 
 class MomentSums:
-    """Sums from which `LayerMoments` follow, added up over batches."""
+    """Sums from which `LayerMoments` follow, added up over batches.
+
+    Products are those of differences from the first batch's means: what hardly varies around a large mean would drown
+    in float32 rounding otherwise.
+    """
 
     def __init__(self, groups: int, outputs: int, inputs: int) -> None:
         self._count = 0
+        self._origin: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
         self._x = np.zeros((groups, inputs))
         self._y = np.zeros((groups, outputs))
         self._yy = np.zeros((groups, outputs))
@@ -60,6 +65,9 @@ class MomentSums:
 
     def add(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
         """Add rows: `x` (groups, rows, inputs) and `y` (groups, rows, outputs)."""
+        if self._origin is None:
+            self._origin = (_means(x), _means(y))
+        x, y = x - self._origin[0], y - self._origin[1]
         self._count += x.shape[1]
         self._x += x.sum(axis=1, dtype=np.float64)
         self._y += y.sum(axis=1, dtype=np.float64)
@@ -67,17 +75,31 @@ class MomentSums:
         self._xx += np.swapaxes(x, 1, 2) @ x
         self._yx += np.swapaxes(y, 1, 2) @ x
 
-    def moments(self) -> LayerMoments:
-        """Return the moments of all rows so far, at least one."""
+    def moments(self, *, centred: bool = True) -> LayerMoments:
+        """Return the moments of all rows so far, at least one.
+
+        `centred` False gives moments about zero and means of zero: for a layer without a bias, whose weights alone
+        must keep the means of its outputs.
+        """
+        assert self._origin is not None  # noqa: S101 - at least one row
         n = self._count
-        mean_in, mean_out = self._x / n, self._y / n
+        shift_in, shift_out = self._x / n, self._y / n
+        covariance = self._xx / n - shift_in[:, :, None] * shift_in[:, None, :]
+        cross = self._yx / n - shift_out[:, :, None] * shift_in[:, None, :]
+        mean_in, mean_out = shift_in + self._origin[0][:, 0], shift_out + self._origin[1][:, 0]
+        variance = np.maximum(self._yy / n - shift_out**2, 0.0)
+        if not centred:
+            variance = variance + mean_out**2
+            covariance = covariance + mean_in[:, :, None] * mean_in[:, None, :]
+            cross = cross + mean_out[:, :, None] * mean_in[:, None, :]
+            mean_in, mean_out = np.zeros_like(mean_in), np.zeros_like(mean_out)
         return LayerMoments(
-            mean_in=mean_in,
-            mean_out=mean_out,
-            variance_out=np.maximum(self._yy / n - mean_out**2, 0.0),
-            covariance=self._xx / n - mean_in[:, :, None] * mean_in[:, None, :],
-            cross=self._yx / n - mean_out[:, :, None] * mean_in[:, None, :],
+            mean_in=mean_in, mean_out=mean_out, variance_out=variance, covariance=covariance, cross=cross
         )
+
+
+def _means(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    return rows.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
 
 
 def corrected_bias(integers: Array, scale: Array, moments: LayerMoments) -> Array:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 Matrix = NDArray[np.float64]
 BLOCK = 64
 SWEEPS = 4
+MORE_DAMPING = (1e-3, 1e-1, 10.0)
 
 
 def round_second_order(
@@ -29,7 +30,7 @@ def round_second_order(
         damping: share of the mean diagonal of `moments` that is added to it.
     """
     groups, _, k = weights.shape
-    h = moments + np.eye(k) * (damping * np.trace(moments, axis1=1, axis2=2) / k + 1e-12)[:, None, None]
+    h = moments + np.eye(k) * (damping * np.maximum(np.trace(moments, axis1=1, axis2=2), 0) / k + 1e-12)[:, None, None]
     order = np.argsort(-np.diagonal(h, axis1=1, axis2=2), axis=1, kind="stable")
     rows = np.arange(groups)[:, None]
     h = h[rows[:, :, None], order[:, :, None], order[:, None, :]]
@@ -43,7 +44,7 @@ def round_second_order(
 def _propagate(w: Matrix, h: Matrix, levels: tuple[int, int]) -> Matrix:
     """Round input by input and let the inputs that follow make up for the error."""
     k = w.shape[2]
-    factor = np.swapaxes(np.linalg.cholesky(np.linalg.inv(h)), 1, 2)
+    factor = _inverse_factor(h)
     w, q = w.copy(), np.empty_like(w)
     for start in range(0, k, BLOCK):
         end = min(start + BLOCK, k)
@@ -54,6 +55,18 @@ def _propagate(w: Matrix, h: Matrix, levels: tuple[int, int]) -> Matrix:
             w[:, :, j:end] -= errors[:, :, j - start, None] * factor[:, None, j, j:end]
         w[:, :, end:] -= errors @ factor[:, start:end, end:]
     return q
+
+
+def _inverse_factor(h: Matrix) -> Matrix:
+    """Return the upper Cholesky factor of the inverse of `h`, damped further where rounding left it indefinite."""
+    k = h.shape[1]
+    size = np.abs(np.diagonal(h, axis1=1, axis2=2)).mean(axis=1)[:, None, None] * np.eye(k)
+    for extra in (0.0, *MORE_DAMPING):
+        try:
+            return np.swapaxes(np.linalg.cholesky(np.linalg.inv(h + extra * size)), 1, 2)
+        except np.linalg.LinAlgError:
+            continue
+    return np.broadcast_to(np.eye(k), h.shape).copy()  # nothing is passed on: nearest rounding
 
 
 def _descend(w: Matrix, h: Matrix, q: Matrix, levels: tuple[int, int]) -> Matrix:

@@ -72,3 +72,26 @@ def test_a_firm_pull_changes_nothing():
     m = moments_of((0.5 * x).astype(np.float32), y)
     firm, none = (refined_weights(layer, m, (-99, 99), 0.01, pull) for pull in (1e9, None))
     np.testing.assert_array_equal(firm, none)
+
+
+def test_what_hardly_varies_around_a_large_mean_keeps_its_covariance():
+    x, y, w = rows(5, groups=1)
+    far = (x + 3000).astype(np.float32)
+    joint = np.cov(far[0].astype(np.float64), rowvar=False, bias=True)
+    np.testing.assert_allclose(moments_of(far, y, parts=3).covariance[0], joint, atol=1e-4)
+    constant = np.full_like(x, 9.0)
+    m = moments_of(constant, y, parts=2)
+    np.testing.assert_array_equal(m.covariance, 0)
+    layer = GridLayer(wanted=w, integers=np.rint(w / 0.1), scale=np.full(w.shape[:2], 0.1))
+    assert np.isfinite(refined_weights(layer, m, (-99, 99), 0.01, None)).all()
+
+
+def test_without_a_bias_moments_are_about_zero():
+    x, y, _ = rows(6)
+    sums = MomentSums(2, 4, 3)
+    sums.add(x, y)
+    m = sums.moments(centred=False)
+    np.testing.assert_allclose(m.covariance, np.swapaxes(x, 1, 2) @ x / 50, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(m.cross, np.swapaxes(y, 1, 2) @ x / 50, rtol=1e-4, atol=1e-4)
+    assert not m.mean_in.any()
+    assert not m.mean_out.any()

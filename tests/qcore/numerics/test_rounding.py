@@ -69,13 +69,15 @@ def test_groups_and_outputs_do_not_see_each_other():
             np.testing.assert_array_equal(alone, together[one])
 
 
-@pytest.mark.parametrize("moments", ["zero", "one input dead", "rank one"])
+@pytest.mark.parametrize("moments", ["zero", "one input dead", "rank one", "indefinite"])
 def test_degenerate_inputs_still_give_integers(moments):
     w, h, scale = problem(2, (1, 3, 4))
     if moments == "zero":
         h = np.zeros_like(h)
     elif moments == "rank one":
         h = np.ones_like(h)
+    elif moments == "indefinite":
+        h = h - 2 * np.eye(4) * np.linalg.eigvalsh(h).mean()
     else:
         h[:, 0, :] = h[:, :, 0] = 0
     q = round_second_order(w, h, scale, (-7, 7), DAMPING)

@@ -1,0 +1,233 @@
+"""Recipes with recovery: steps are kept only where the held-out error falls, and the same run gives the same bytes."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from models import conv_net, save, write_data
+from quantizing import profile, samples
+from recovering import Net, evidence_of, images, outlier_net, parsed, recipe_with
+from transformers import EncoderShape, encoder, encoder_input
+
+from qcore.compression import Recipe, check_order, compress, load_recipe
+from qcore.config import check_config
+from qcore.errors import ConfigError
+from qcore.graph.io import serialize_model
+from qcore.recovery import output_distance
+from qcore.target import load_target
+
+MENDING = [
+    {"method": "correct-bias"},
+    {"method": "correct-bias", "kind": "analytic"},
+    {"method": "round-weights"},
+    {"method": "round-weights", "pull": 0.1},
+]
+TARGETS = ["npu-int8-symmetric", "x86-avx2", "tensorrt", "fixed-point-pow2"]
+
+
+def read(model):
+    proto = onnx.ModelProto.FromString(serialize_model(model))
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def step_of(made, method):
+    return next(s for s in made.steps if s.method == method)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("recipe", ["int8-equalized", "int8-rounded", "int4-rounded"])
+def test_recovery_never_takes_a_model_further_from_float(recipe, target):
+    proto = outlier_net()
+    model, evidence, loaded = parsed(proto), evidence_of(images()), load_recipe(recipe)
+    plain = loaded.model_copy(update={"steps": tuple(s for s in loaded.steps if s.method in
+                              ("fold-batchnorm", "gemm-head", "quantize"))})  # fmt: skip
+    before = serialize_model(model)
+    made = compress(model, loaded, load_target(target), evidence)
+    assert serialize_model(model) == before
+    unmended = output_distance(compress(model, plain, load_target(target), evidence).model, model, evidence)
+    assert made.error == output_distance(made.model, model, evidence)
+    assert made.error < unmended
+    read(made.model)
+    for step in made.steps:
+        if step.error_after is not None:
+            assert step.kept == (step.error_after < step.error_before)
+            assert bool(step.changed) == step.kept
+
+
+def test_four_bits_need_second_order_rounding():
+    """Behind the first layers channels move together, as in every trained net."""
+    proto = outlier_net()
+    mix = np.random.default_rng(1).standard_normal((3, 3))[:, :1] * np.ones((3, 3)) + 0.2 * np.eye(3)
+    x = np.einsum("oc,nchw->nohw", mix, images(96)).astype(np.float32)
+    made = compress(parsed(proto), load_recipe("int4-rounded"), load_target("x86-avx2"), evidence_of(x))
+    step = step_of(made, "round-weights")
+    assert step.kept
+    assert step.error_after < 0.5 * step.error_before
+
+
+@pytest.mark.parametrize("step", MENDING)
+def test_the_same_run_gives_the_same_bytes(step):
+    recipe, target = recipe_with({"method": "equalize"}, step, weight_bits=4), load_target("npu-int8-symmetric")
+    one, two = (compress(parsed(conv_net()), recipe, target, evidence_of(samples(conv_net()))) for _ in range(2))
+    assert serialize_model(one.model) == serialize_model(two.model)
+    assert one.steps == two.steps
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from qcore import steps
+steps.compress(model=Path(sys.argv[1]), data=Path(sys.argv[2]), out=Path(sys.argv[3]), recipe="int8-rounded",
+               target="npu-int8-symmetric")
+"""
+
+
+@pytest.mark.slow
+def test_the_same_bytes_whatever_the_hash_seed(tmp_path):
+    proto = conv_net()
+    model, card = save(proto, tmp_path / "m.onnx"), write_data(tmp_path, proto)
+    digests = set()
+    for seed in ("0", "1"):
+        out = tmp_path / f"{seed}.onnx"
+        command = [sys.executable, "-P", "-c", SCRIPT, *map(str, (model, card, out))]
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
+        digests.add(hashlib.sha256(out.read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("step", MENDING[:3])
+def test_what_helps_only_the_samples_it_was_fitted_to_is_not_kept(step):
+    x = images()
+    evidence = evidence_of(x)
+    strange = tuple({"x": np.full_like(b["x"], 9.0)} for b in evidence.fit)
+    recipe = recipe_with(step, weight_bits=3)
+    made = compress(parsed(outlier_net()), recipe, load_target("x86-avx2"), replace(evidence, fit=strange))
+    tried = step_of(made, step["method"])
+    assert not tried.kept
+    assert tried.changed == ()
+    assert tried.error_after > tried.error_before
+    assert made.error == tried.error_before
+    bare = compress(parsed(outlier_net()), recipe_with(weight_bits=3), load_target("x86-avx2"), evidence)
+    assert serialize_model(made.model) == serialize_model(bare.model)
+
+
+@pytest.mark.parametrize("step", MENDING)
+@pytest.mark.parametrize("target", ["npu-int8-symmetric", "x86-vnni"])
+def test_transformers_are_mended_too(step, target):
+    shape = EncoderShape()
+    proto, x = encoder(0, shape), encoder_input(shape, n=64)
+    made = compress(parsed(proto), recipe_with(step, weight_bits=4), load_target(target), evidence_of(x))
+    read(made.model)
+    mended = step_of(made, step["method"])
+    stacks = {s.node for s in mended.skipped if s.reason == "its weights are not integers"}
+    assert stacks == {"layer0.attention.scores", "layer0.attention.mix"}
+    if step["method"] == "round-weights":
+        assert mended.kept
+        assert {"head", "layer0.up", "layer0.down", "layer0.attention.q"} <= set(mended.changed)
+    else:  # a MatMul has no bias
+        assert set(mended.changed) <= {"head"}
+
+
+@pytest.mark.parametrize("step", MENDING)
+def test_layers_in_more_bits_are_passed_by_or_mended(step):
+    convs = [n.name for n in outlier_net().graph.node if n.op_type == "Conv"]
+    recipe = recipe_with(step, precision={convs[1]: "int16"}, weight_bits=4)
+    made = compress(parsed(outlier_net()), recipe, load_target("npu-int8-symmetric"), evidence_of(images()))
+    assert step_of(made, step["method"]).error_after > 0
+    read(made.model)
+    left = recipe_with(step, exclude=[convs[1]], weight_bits=4)
+    made = compress(parsed(outlier_net()), left, load_target("x86-avx2"), evidence_of(images()))
+    mended = step_of(made, step["method"])
+    assert [(s.node, s.reason) for s in mended.skipped] == [(convs[1], "its weights are not integers")]
+
+
+@pytest.mark.parametrize("step", MENDING)
+def test_integer_inputs_and_outputs_are_judged_as_the_numbers_they_stand_for(step):
+    model, evidence = parsed(outlier_net()), evidence_of(images())
+    recipe = recipe_with({"method": "equalize"}, step)
+    plain = compress(model, recipe, load_target("npu-int8-symmetric"), evidence)
+    made = compress(model, recipe, profile("npu-int8-symmetric", integer_io=True), evidence)
+    assert made.error == pytest.approx(plain.error, rel=0.2)
+
+
+def test_float_models_of_a_recipe_say_what_was_quantized():
+    made = compress(parsed(outlier_net()), load_recipe("int8-equalized"), load_target("npu-int8-symmetric"),
+                    evidence_of(images()))  # fmt: skip
+    assert step_of(made, "equalize").kept
+    names = {i for i in made.reference.graph.initializers}
+    assert any(n.endswith(".weight_equalized") for n in names)
+    assert output_distance(made.reference, parsed(outlier_net()), evidence_of(images())) < 1e-8
+
+
+def net_without_biases():
+    net = Net(0)
+    net.conv(6, bias=False)
+    net.relu()
+    net.conv(6, group=2, bias=False)
+    net.relu()
+    net.op("GlobalAveragePool", [net.at])
+    net.op("Flatten", [net.at])
+    net.op("Gemm", [net.at, net.constant(net.normal(6, 5))])
+    return net.model(["N", 5])
+
+
+@pytest.mark.parametrize("target", ["npu-int8-symmetric", "x86-vnni"])
+def test_layers_without_a_bias_get_one(target):
+    recipe = recipe_with({"method": "correct-bias"}, weight_bits=3)
+    made = compress(parsed(net_without_biases()), recipe, load_target(target), evidence_of(images()))
+    layers = [n for n in read(made.model).graph.node if n.op_type in ("Conv", "Gemm")]
+    assert step_of(made, "correct-bias").kept
+    assert [len(n.input) for n in layers] == [3, 3, 3]
+
+
+def steps_of(*methods):
+    value = {"name": "wrong", "steps": [m if isinstance(m, dict) else {"method": m} for m in methods]}
+    return check_config(value, Recipe, "recipe")
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (("quantize", "equalize"), "step equalize follows quantize; allowed behind it: correct-bias, round-weights"),
+        (("quantize", "quantize"), "step quantize follows quantize"),
+        (("quantize", "fold-batchnorm"), "step fold-batchnorm follows quantize"),
+        (("correct-bias", "quantize"), "step correct-bias mends a quantized model; put it behind quantize"),
+        (("round-weights",), "step round-weights mends a quantized model; put it behind quantize"),
+        (("fold-batchnorm", "equalize"), "step equalize prepares for quantize, which is missing; add it"),
+        (
+            ({"method": "quantize", "form": "qoperator"}, "correct-bias"),
+            "step correct-bias mends QDQ models; allowed: form: qdq",
+        ),
+    ],
+)
+def test_orders_that_make_no_sense_are_refused(methods, message):
+    with pytest.raises(ConfigError, match=f"recipe wrong: {message}"):
+        check_order(steps_of(*methods))
+    with pytest.raises(ConfigError, match=message):
+        compress(parsed(conv_net()), steps_of(*methods), load_target("x86-vnni"), None)
+
+
+def test_a_scale_per_channel_where_the_device_has_one_is_refused():
+    with pytest.raises(ConfigError, match="asks for a scale per channel, which npu-int8-symmetric cannot use"):
+        compress(parsed(conv_net()), recipe_with(per_channel=True), load_target("npu-int8-symmetric"),
+                 evidence_of(samples(conv_net())))  # fmt: skip
+
+
+def test_one_scale_per_tensor_may_be_asked_of_any_device():
+    made = compress(parsed(conv_net()), recipe_with(per_channel=False), load_target("x86-vnni"),
+                    evidence_of(samples(conv_net())))  # fmt: skip
+    scales = [i for i in read(made.model).graph.initializer if i.name.endswith("_scale")]
+    assert scales
+    assert all(list(i.dims) in ([], [1]) for i in scales)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-equalized", "int8-rounded"])
+def test_without_data_nothing_is_quantized(recipe):
+    with pytest.raises(ConfigError, match=f"recipe {recipe} needs calibration data; run `qcore compress` with --data"):
+        compress(parsed(conv_net()), load_recipe(recipe), load_target("x86-vnni"), None)
