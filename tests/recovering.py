@@ -124,7 +124,7 @@ def images(n: int = 64, *, seed: int = 5, channels: int = 3, size: int = 6) -> N
 
 
 def outlier_net(bias: bool = True) -> onnx.ModelProto:
-    """Return a net with one channel of 300 times the size of the others behind each layer, made up for in the next layer."""
+    """Return a net with one channel of 300 times the size of the others behind each layer; the next one undoes it."""
     net = Net(3)
     tall, previous = 300.0, None
     for k in range(3):

@@ -99,7 +99,7 @@ class MomentSums:
 
 
 def _means(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    return rows.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+    return np.asarray(rows.mean(axis=1, keepdims=True, dtype=np.float64), np.float32)
 
 
 def corrected_bias(integers: Array, scale: Array, moments: LayerMoments) -> Array:

@@ -160,7 +160,7 @@ def test_float_models_of_a_recipe_say_what_was_quantized():
     made = compress(parsed(outlier_net()), load_recipe("int8-equalized"), load_target("npu-int8-symmetric"),
                     evidence_of(images()))  # fmt: skip
     assert step_of(made, "equalize").kept
-    names = {i for i in made.reference.graph.initializers}
+    names = set(made.reference.graph.initializers)
     assert any(n.endswith(".weight_equalized") for n in names)
     assert output_distance(made.reference, parsed(outlier_net()), evidence_of(images())) < 1e-8
 

@@ -53,6 +53,7 @@ def test_the_first_pass_is_written(inputs, tmp_path):
     assert again.climb == result.climb
 
 
+@pytest.mark.slow
 def test_a_policy_that_nothing_satisfies_ends_with_the_nearest_and_says_why(tmp_path):
     proto = outlier_net()
     model, card = save(proto, tmp_path / "m.onnx"), write_data(tmp_path, proto, n=80)

@@ -1,0 +1,96 @@
+"""Layer by layer: the means, and with second-order rounding the outputs, are those of the float model."""
+
+import numpy as np
+import pytest
+from quantizing import constants, written
+from recovering import Net, evidence_of, images, parsed
+
+from qcore.graph.io import serialize_model
+from qcore.methods.correct_bias import correct_bias
+from qcore.methods.quantize import QuantizeStep, quantize
+from qcore.refinement import refine_layers
+from qcore.runtime.nodewise import expose
+from qcore.target import load_target
+
+EVERY = 36  # positions of a 6x6 map
+
+
+def net():
+    grown = Net(0)
+    grown.conv(6)
+    grown.relu()
+    grown.depthwise()
+    grown.relu()
+    grown.conv(8, group=2, bias=False)
+    return grown.head(transposed=False)
+
+
+def quantized_net(target, bits=3):
+    model, evidence = parsed(net()), evidence_of(images())
+    return model, evidence, quantize(model, QuantizeStep(weight_bits=bits), load_target(target), evidence.table(model))
+
+
+LAYERS = ("Conv", "Gemm")
+
+
+def layer_means(model, evidence):
+    """The mean of every channel of every layer over the samples that were fitted to."""
+    tensors = {n.name: n.outputs[0].name for n in model.graph if n.op_type in LAYERS}
+    predict = expose(model, list(tensors.values()))
+    made = [predict(b) for b in evidence.fit]
+    means = {}
+    for name, tensor in tensors.items():
+        y = np.concatenate([m[tensor] for m in made])
+        means[name] = y.mean(axis=tuple(i for i in range(y.ndim) if i != 1), dtype=np.float64)
+    return means
+
+
+def bias_steps(rewrite):
+    """How finely each layer can be shifted: the scale of its int32 bias, 0 where that is float."""
+    makers = {o: n for n in written(rewrite).graph.node for o in n.output}
+    values = constants(written(rewrite))
+    layers = [n for n in makers.values() if n.op_type in LAYERS]
+    return {n.name: values[makers[n.input[2]].input[1]] if n.input[2] in makers else 0 for n in layers}
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "npu-int8-symmetric", "x86-avx2"])
+def test_the_corrected_biases_restore_the_means_of_every_layer(target):
+    model, evidence, rewrite = quantized_net(target)
+    before = serialize_model(rewrite.model)
+    made = refine_layers(rewrite.model, model, evidence.fit, correct_bias, EVERY)
+    assert serialize_model(rewrite.model) == before
+    assert len(made.changed) == 4
+    written(made)
+    wanted, steps = layer_means(model, evidence), bias_steps(made)
+    for name, ours in layer_means(made.model, evidence).items():
+        assert (np.abs(ours - wanted[name]) <= 0.51 * steps[name] + 1e-4).all()
+    wrong = layer_means(rewrite.model, evidence)
+    assert any((np.abs(wrong[name] - wanted[name]) > 2 * steps[name] + 0.01).any() for name in wanted)
+
+
+def test_a_refinement_that_changes_nothing_names_nothing():
+    model, evidence, rewrite = quantized_net("tensorrt")
+    once = refine_layers(rewrite.model, model, evidence.fit, correct_bias, EVERY)
+
+    def keep(layer, moments):
+        _, bias = correct_bias(layer, moments)
+        return layer.integers, bias
+
+    again = refine_layers(once.model, model, evidence.fit, keep, EVERY)
+    assert serialize_model(again.model) == serialize_model(once.model)
+    assert again.changed == ()
+
+
+def test_layers_come_in_graph_order_and_each_sees_the_ones_before_it_changed():
+    model, evidence, rewrite = quantized_net("npu-int8-symmetric")
+    seen = []
+
+    def silence(layer, moments):
+        seen.append(moments)
+        return 0 * layer.integers, 0 * moments.mean_out
+
+    refine_layers(rewrite.model, model, evidence.fit, silence, EVERY)
+    assert len(seen) == 4
+    assert seen[0].mean_in.any()
+    assert all(not m.mean_in.any() and not m.covariance.any() for m in seen[1:])
+    assert all(m.mean_out.any() for m in seen)  # what is wanted is still the float model's
