@@ -74,7 +74,7 @@ def test_a_refinement_that_changes_nothing_names_nothing():
 
     def keep(layer, moments):
         _, bias = correct_bias(layer, moments)
-        return layer.integers, bias
+        return layer, bias
 
     again = refine_layers(once.model, model, evidence.fit, keep, EVERY)
     assert serialize_model(again.model) == serialize_model(once.model)
