@@ -22,7 +22,7 @@ MOST_GAIN = 1.5
 class LayerMoments:
     """Moments of a layer's inputs x and of its wanted outputs y, over sampled output positions.
 
-    `mean_in` (groups, inputs), `mean_out` and `variance_out` (groups, outputs); `covariance` (groups, inputs, inputs) of
+    `mean_in` (groups, inputs), `mean_out`, `variance_out` (groups, outputs); `covariance` (groups, inputs, inputs) of
     x with itself and `cross` (groups, outputs, inputs) of y with x. Inputs are input channels times taps.
     """
 
