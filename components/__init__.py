@@ -6,9 +6,10 @@
 from qcore.components.calibrate import calibrate
 from qcore.components.evaluate import evaluate
 from qcore.components.gate import gate
+from qcore.components.merge_tables import merge_tables
 from qcore.components.package import package
 from qcore.components.prune import prune
 from qcore.components.publish import publish
 from qcore.components.quantize import quantize
 
-__all__ = ["calibrate", "evaluate", "gate", "package", "prune", "publish", "quantize"]
+__all__ = ["calibrate", "evaluate", "gate", "merge_tables", "package", "prune", "publish", "quantize"]

@@ -13,17 +13,21 @@ from kfp import compiler
 from qcore.components.calibrate import calibrate
 from qcore.components.evaluate import evaluate
 from qcore.components.gate import gate
+from qcore.components.merge_tables import merge_tables
 from qcore.components.package import package
 from qcore.components.prune import prune
 from qcore.components.publish import publish
 from qcore.components.quantize import quantize
 from qcore.files import write_atomic
+from qcore.pipelines.calibrate_sharded import calibrate_sharded
 from qcore.pipelines.release import release
 
 SOURCES: dict[str, Any] = {
     **{
-        f"components/{c.name}/component.yaml": c for c in (calibrate, quantize, prune, evaluate, gate, package, publish)
+        f"components/{c.name.replace('-', '_')}/component.yaml": c
+        for c in (calibrate, merge_tables, quantize, prune, evaluate, gate, package, publish)
     },
+    "pipelines/calibrate_sharded/pipeline.yaml": calibrate_sharded,
     "pipelines/release/pipeline.yaml": release,
 }
 

@@ -250,8 +250,13 @@ def _mend(
     if isinstance(step, CorrectBiasStep) and step.kind == "analytic":
         rewrite = correct_bias_analytically(model, reference, channel_statistics(reference, evidence))
     else:
+        exact = run.target.power_of_two_scales
         bits = run.target.weight_scheme(0, bits=quantize_step.weight_bits).width
-        refine = correct_bias if isinstance(step, CorrectBiasStep) else partial(round_weights, step=step, bits=bits)
+        refine = (
+            correct_bias
+            if isinstance(step, CorrectBiasStep)
+            else partial(round_weights, step=step, bits=bits, exact=exact)
+        )
         rewrite = refine_layers(model, reference, evidence.fitted(step.samples), refine, step.positions)
     before, after = _distance(run, model), _distance(run, rewrite.model)
     return _better(step.method, (model, before), (rewrite, after))

@@ -39,7 +39,6 @@ class Climb:
 def rungs(target: TargetProfile) -> tuple[Recipe, ...]:
     """Return the recipes to try for `target`, in order."""
     plain = {"method": "quantize", **RANGES}
-    cut = {"method": "quantize", **RANGES, "weight_ranges": "mse"}
     ladder: list[tuple[str, list[str], Mapping[str, Any], list[str]]] = []
     if target.weights_per_channel:
         ladder.append(("per-tensor", [], {**plain, "per_channel": False}, []))
@@ -49,7 +48,6 @@ def rungs(target: TargetProfile) -> tuple[Recipe, ...]:
         ("correct-bias", [], plain, ["correct-bias"]),
         ("equalize", ["equalize"], plain, ["correct-bias"]),
         ("round-weights", ["equalize"], plain, ["round-weights"]),
-        ("round-weights-mse", ["equalize"], cut, ["round-weights"]),
     ]
     return tuple(recipe_of(f"auto-{name}", before, step, after) for name, before, step, after in ladder)
 

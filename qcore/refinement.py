@@ -23,8 +23,8 @@ from qcore.runtime.ort import encoded, load_unfused
 
 Array = NDArray[np.float64]
 Tensors = Mapping[str, NDArray[np.generic]]
-Refine = Callable[[GridLayer, LayerMoments], tuple[Array, Array]]
-"""From a layer and its moments to its integers (groups, outputs, inputs) and its bias (groups, outputs)."""
+Refine = Callable[[GridLayer, LayerMoments], tuple[GridLayer, Array]]
+"""From a layer and its moments to what it should be and its bias (groups, outputs)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,9 +63,10 @@ def refine_layers(
             wanted=matrix,
             integers=matrix_of(layer, constant_array(layer.weight)) - layer.zero,
             scale=scale_of(layer, matrix.shape),
+            shared=layer.scale.size == 1,
         )
-        integers, bias = refine(grid, _moments(walk, layer, wanted[name], matrix.shape))
-        new = replace_layer(layer, integers, bias)
+        refined, bias = refine(grid, _moments(walk, layer, wanted[name], matrix.shape))
+        new = replace_layer(layer, refined, bias)
         walk.constants.update(new)
         changed += [name] if new else []
     return Rewrite(model=out, changed=tuple(changed), skipped=tuple(skipped))

@@ -1,5 +1,7 @@
 """Component `calibrate`: the ranges of activations on sample inputs."""
 
+from typing import List
+
 from kfp import dsl
 
 from qcore.components.images import IMAGE
@@ -12,6 +14,10 @@ def calibrate(
     table: dsl.Output[dsl.Artifact],
     split: str = "calibration",
     bins: int = 2048,
+    decay: float = 0.99,
+    tensors: List[str] = [],
+    shard: int = 1,
+    shards: int = 1,
     data_sha256: str = "",
 ) -> None:
     """Measure the ranges of a model's activations on sample inputs.
@@ -22,6 +28,10 @@ def calibrate(
         table: Calibration table: mergeable statistics of every activation.
         split: Name of the split of the card to read.
         bins: Number of histogram bins per tensor.
+        decay: Of the moving average, per sample.
+        tensors: Names or patterns of the activations to measure; none: all that a target may quantize.
+        shard: Which part of the split to read, from 1.
+        shards: Number of parts; `merge_tables` puts them together.
         data_sha256: Digest of the data; part of the cache key, so give another one when card or samples change.
     """
     from pathlib import Path
@@ -31,9 +41,19 @@ def calibrate(
     from qcore.tracking.tracker import Tracker
 
     with Tracker("calibrate") as t:
-        t.params({"split": split, "bins": bins, "data_digest": data_sha256})
-        files = {"model": Path(model.path), "data": Path(data.path), "out": Path(table.path)}
-        result = steps.calibrate(**files, split=split, bins=bins, progress=t.progress)
+        t.params({"split": split, "bins": bins, "decay": decay, "data_digest": data_sha256})
+        t.params({"shard": shard, "shards": shards, "tensors": tensors})
+        result = steps.calibrate(
+            model=Path(model.path),
+            data=Path(data.path),
+            out=Path(table.path),
+            split=split,
+            bins=bins,
+            decay=decay,
+            tensors=tensors,
+            shard=(shard, shards),
+            progress=t.progress,
+        )
         table.metadata.update(file_facts(Path(table.path), "qcore-calibration"))
         t.params({"calibration_samples": result.samples}, on="parent")
         t.tags({"model.sha256": result.model_sha256, "data.sha256": result.data_sha256})

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from qcore import __version__
-from qcore.cli import demo, layers, lint, model, pipeline, repo, tracking
+from qcore.cli import calibration, demo, layers, lint, model, pipeline, repo, tracking
 from qcore.cli.output import print_json
 from qcore.errors import QcoreError
 
@@ -25,7 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("calibrate")(model.calibrate)
+app.command("calibrate")(calibration.calibrate)
+app.command("merge-tables")(calibration.merge_tables)
 app.command("quantize")(model.quantize)
 app.command("prune")(model.prune)
 app.command("compress")(model.compress)

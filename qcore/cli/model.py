@@ -1,4 +1,4 @@
-"""The verbs that work on one model: from calibration to publication. Each parses, calls one step, and prints."""
+"""The verbs that work on one model: from quantization to publication. Each parses, calls one step, and prints."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,29 +16,6 @@ if TYPE_CHECKING:
 
 REFUSED = 3
 AUTO = "auto"
-
-
-def calibrate(
-    model: opt.Model,
-    data: opt.Data,
-    out: opt.Out,
-    split: opt.CalibrationSplit = "calibration",
-    as_json: opt.AsJson = False,
-) -> None:
-    """Measure the activation ranges of a model on a split of a data set."""
-    with progress() as report:
-        table = steps.calibrate(model=model, data=data, out=out, split=split, progress=report)
-    facts = {
-        "output": str(out),
-        "samples": table.samples,
-        "tensors": len(table.stats),
-        "model": {"sha256": table.model_sha256},
-        "data": {"sha256": table.data_sha256},
-    }
-    if as_json:
-        print_json(facts)
-    else:
-        print_facts("Calibration table", {k: str(facts[k]) for k in ("output", "samples", "tensors")})
 
 
 def quantize(

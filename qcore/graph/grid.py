@@ -11,6 +11,7 @@ from qcore.graph.qdq import dequantized_initializer, is_dequantize
 from qcore.graph.rewrite import Skipped
 from qcore.graph.traverse import constant_array, float_attribute, int_attribute, node_name
 from qcore.numerics.affine import QParams
+from qcore.numerics.refine import GridLayer
 
 Array = NDArray[np.float64]
 LAYERS = ("Conv", "Gemm", "MatMul")
@@ -145,16 +146,25 @@ def matrix_of(layer: GridNode, stored: NDArray[np.generic] | None) -> Array:
     return np.ascontiguousarray(w).reshape(layer.groups, w.shape[0] // layer.groups, -1)
 
 
-def replace_layer(layer: GridNode, integers: Array, bias: Array) -> dict[str, NDArray[np.generic]]:
-    """Give `layer` new integers (groups, outputs, inputs) and bias (groups, outputs); return what changed by name."""
+def replace_layer(layer: GridNode, refined: GridLayer, bias: Array) -> dict[str, NDArray[np.generic]]:
+    """Give `layer` the integers and scales of `refined` and a bias (groups, outputs); return what changed by name."""
     old = constant_array(layer.weight)
     assert old is not None  # noqa: S101 - an initializer
+    integers = refined.integers
     w = integers.reshape(old.shape[::-1]).T if layer.by_input else integers.reshape(old.shape)
     arrays = {layer.weight: np.ascontiguousarray(w + layer.zero).astype(old.dtype)}
+    moved = np.asarray(refined.scale.reshape(-1)[: layer.scale.size].reshape(layer.scale.shape), np.float32)
+    source = layer.node.inputs[1].producer() if layer.node.inputs[1] is not None else None
+    if source is not None and source.inputs[1] is not None and (moved != layer.scale).any():
+        arrays[source.inputs[1]] = moved
     if layer.bias is not None and (stored := constant_array(layer.bias)) is not None:
         flat = bias.reshape(-1)
         if layer.bias_scale is not None:
-            flat = np.clip(np.rint(flat / layer.bias_scale.astype(np.float64)), _INT32.min, _INT32.max)
+            bias_scale = (layer.bias_scale * (moved / layer.scale)).astype(np.float32)
+            flat = np.clip(np.rint(flat / bias_scale.astype(np.float64)), _INT32.min, _INT32.max)
+            maker = layer.node.inputs[2].producer() if layer.node.inputs[2] is not None else None
+            if maker is not None and maker.inputs[1] is not None and (moved != layer.scale).any():
+                arrays[maker.inputs[1]] = bias_scale
         arrays[layer.bias] = flat.reshape(stored.shape).astype(stored.dtype)
     arrays = {v: a for v, a in arrays.items() if not np.array_equal(a, np.asarray(constant_array(v)))}
     for value, array in arrays.items():

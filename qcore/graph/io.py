@@ -81,7 +81,7 @@ def _checked(data: bytes, name: str) -> onnx.ModelProto:
             "onnx.version_converter.convert_version"
         )
     try:
-        onnx.checker.check_model(proto)
+        onnx.checker.check_model(data)  # the bytes: a proto would be written out once more
     except onnx.checker.ValidationError as e:
         reason = str(e).strip().splitlines()[0]
         raise ModelError(f"{name} is not a valid ONNX model: {reason}; export it again") from e

@@ -37,9 +37,9 @@ class CorrectBiasStep(Config):
     positions: int = Field(default=64, ge=1)
 
 
-def correct_bias(layer: GridLayer, moments: LayerMoments) -> tuple[Array, Array]:
-    """Return the integers of `layer` as they are, and the bias that restores its means."""
-    return layer.integers, corrected_bias(layer.integers, layer.scale, moments)
+def correct_bias(layer: GridLayer, moments: LayerMoments) -> tuple[GridLayer, Array]:
+    """Return `layer` as it is, and the bias that restores its means."""
+    return layer, corrected_bias(layer.integers, layer.scale, moments)
 
 
 def correct_bias_analytically(
@@ -72,6 +72,7 @@ def correct_bias_analytically(
         error = integers * scale_of(layer, wanted.shape)[:, :, None] - wanted
         bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
         before = np.zeros(wanted.shape[:2]) if bias is None else bias.astype(np.float64).reshape(wanted.shape[:2])
-        new = replace_layer(layer, integers, before - (error @ mean[:, :, None])[:, :, 0])
+        same = GridLayer(wanted=wanted, integers=integers, scale=scale_of(layer, wanted.shape))
+        new = replace_layer(layer, same, before - (error @ mean[:, :, None])[:, :, 0])
         changed += [node_name(layer.node)] if new else []
     return Rewrite(model=out, changed=tuple(changed), skipped=tuple(skipped))

@@ -39,7 +39,7 @@ from qcore.numerics.affine import (
     quantize_array,
 )
 from qcore.numerics.cover import covering_scale, least_error_scale
-from qcore.numerics.stats import RangeRule, range_from_stats
+from qcore.numerics.stats import RangeRule, RuleKind, range_from_stats
 from qcore.placement import (
     ABSORBED,
     Choice,
@@ -73,7 +73,7 @@ class QuantizeStep(Config):
     """
 
     method: Literal["quantize"] = "quantize"
-    ranges: Literal["min-max", "percentile"] = "min-max"
+    ranges: RuleKind = "min-max"
     percentile: float = Field(default=99.99, gt=50, le=100)
     weight_bits: int | None = Field(default=None, ge=2, le=8)
     exclude: tuple[str, ...] = ()
@@ -98,6 +98,8 @@ def quantize(model: ir.Model, step: QuantizeStep, target: TargetProfile, table: 
             opset or the form cannot hold it.
         CalibrationError: `exclude` or `precision` names a node that does not exist.
     """
+    if step.form == "qoperator" and target.bias != "int32":
+        raise ModelError(f"form qoperator has int32 biases, {target.name} wants float ones; use form qdq")
     out = editable_copy(model if target.opset is None else convert_opset(model, target.opset))
     _check_quantizable(out, step)
     choice = Choice(floating=step.nodes_in("float") | step.nodes_in("float16"), wide=step.nodes_in("int16"))
@@ -215,14 +217,14 @@ def _range(
     values: list[ir.Value], step: QuantizeStep, target: TargetProfile, table: CalibrationTable
 ) -> tuple[Float, Float]:
     """Return the range that holds every tensor of a group; what a node only moved says nothing new."""
-    rule = RangeRule(kind=step.ranges, percentile=step.percentile)
+    rule, scheme = RangeRule(kind=step.ranges, percentile=step.percentile), target.activation_scheme()
     ranges = []
     for value in values:
         array = constant_array(value)
         if array is not None:
             ranges.append((float(array.min()), float(array.max())))
         elif (source := root(value, target)) is value or source not in values:
-            ranges.append(range_from_stats(table.stats[str(source.name)], rule))
+            ranges.append(range_from_stats(table.stats[str(source.name)], rule, scheme))
     lows, highs = zip(*ranges, strict=True)
     return np.asarray(min(lows)), np.asarray(max(highs))
 

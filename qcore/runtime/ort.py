@@ -8,11 +8,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
@@ -22,10 +23,12 @@ from qcore.errors import DataError, ModelError
 from qcore.graph.integer_io import IntegerIO, read_integer_io
 from qcore.numerics.affine import dequantize_array, quantize_array
 from qcore.report import Latency
+from qcore.runtime.piece import Piece
 
 Tensors = Mapping[str, NDArray[np.generic]]
 Predict = Callable[[Tensors], dict[str, NDArray[np.generic]]]
 
+_ALIGN = 64  # bytes; what vector instructions like
 _FAILURES = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
@@ -162,50 +165,154 @@ def samples(loaded: Loaded, batch: Batch) -> dict[str, NDArray[np.generic]]:
     Raises:
         DataError: shapes, names or dtypes do not fit; the message holds both.
     """
-    names = [p.name for p in loaded.inputs]
+    real = {k: np.dtype(np.float32) for k in loaded.integer_io.inputs}
+    ports = [replace(port, dtype=real.get(port.name, port.dtype)) for port in loaded.inputs]
+    return _fed(ports, batch, loaded.name)
+
+
+def _fed(ports: Sequence[Port], batch: Batch, model: str) -> dict[str, NDArray[np.generic]]:
+    names = [p.name for p in ports]
     x = dict(batch.x)
     if set(x) == {""}:
         if len(names) != 1:
-            raise DataError(
-                f"{loaded.name} has inputs {', '.join(names)}; name an array for each in the card's `inputs`"
-            )
+            raise DataError(f"{model} has inputs {', '.join(names)}; name an array for each in the card's `inputs`")
         x = {names[0]: x[""]}
     if set(x) != set(names):
-        raise DataError(f"the card feeds inputs {sorted(x)}; {loaded.name} wants {sorted(names)}; correct `inputs`")
-    real = {k: np.dtype(np.float32) for k in loaded.integer_io.inputs}
-    ports = [replace(port, dtype=real.get(port.name, port.dtype)) for port in loaded.inputs]
-    return {port.name: _fitted(x[port.name], port, loaded.name) for port in ports}
+        raise DataError(f"the card feeds inputs {sorted(x)}; {model} wants {sorted(names)}; correct `inputs`")
+    return {port.name: _fitted(x[port.name], port, model) for port in ports}
 
 
 def activations(
     model: bytes, names: Sequence[str], batches: Iterable[Batch], *, name: str = "model", threads: int = 0
 ) -> Iterator[tuple[int, Tensors]]:
-    """Yield, per batch, the number of samples and the float tensors among `names` (graph inputs included).
+    """Yield the number of samples of each batch with the float tensors among `names` (graph inputs included).
+
+    If those of a batch are more than `pieces.PIECE_BYTES`, the model runs in pieces, and further tensors of the batch
+    follow with the number 0. The next batch is read while this one is worked on. Let go of the tensors before asking
+    for more: they are not copied, and two of them need twice the memory.
 
     Raises:
         ModelError: the runtime cannot load the model with these outputs.
         DataError: the samples do not fit the model.
     """
-    proto = onnx.ModelProto.FromString(model)
+    from qcore.runtime.pieces import cut
+
+    source = iter(batches)
+    first = next(source, None)
+    if first is None:
+        return
+    pieces = cut(model, names, {k: v.shape[1:] for k, v in first.x.items()})
+    del model
+    yield from piece_activations(pieces, names, chain([first], source), threads=threads, reuse=False)
+
+
+def piece_activations(
+    pieces: Iterable[Piece], names: Sequence[str], batches: Iterable[Batch], *, threads: int = 0, reuse: bool = True
+) -> Iterator[tuple[int, Tensors]]:
+    """Yield what `activations` does for a model that was cut into `pieces`.
+
+    With `reuse` all tensors lie in one buffer, and hold their values only until the next are asked for.
+    """
+    name = "the model"
     wanted = set(names)
-    present = {o.name for o in proto.graph.output}
-    inner = [n for n in names if n not in present and n not in {i.name for i in proto.graph.input}]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in inner)
-    # Extended optimizations fuse what is not asked for and keep the plain memory layout.
-    session = _session(
-        proto.SerializeToString(), name, _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
-    )
-    del proto
-    loaded = _loaded(session, name)
-    fetch = [p.name for p in loaded.outputs if p.name in wanted and p.dtype == np.float32]
-    for batch in batches:
-        fed = feeds(loaded, batch)
-        values = dict(zip(fetch, _run(session, fetch, fed, name), strict=True)) if fetch else {}  # [] would mean all
-        values |= {k: v for k, v in fed.items() if k in wanted and v.dtype == np.float32}
-        n = len(batch.index)
-        if n != loaded.fixed_batch and loaded.fixed_batch is not None:
-            values = {k: v[:n] if v.ndim and len(v) == loaded.fixed_batch else v for k, v in values.items()}
-        yield n, values
+    shared = _Buffer(np.empty(0, np.uint8)) if reuse else None
+    sessions = [_runner(piece, name, threads, shared) for piece in pieces]
+    ports, runs = sessions[0][0], [run for _, run in sessions]
+    later = [{p.name for inputs, _ in sessions[k + 1 :] for p in inputs} for k in range(len(sessions))]
+    with ThreadPoolExecutor(1) as reader:
+        for n, live in _fed_ahead(reader, batches, ports, name):
+            for k, run in enumerate(runs):
+                made = run(live)
+                values = {t: v for t, v in (made if k else live | made).items() if t in wanted}
+                # What a later piece reads must outlive the buffer's next use.
+                live = {t: v.copy() if t in made and reuse else v for t, v in (live | made).items() if t in later[k]}
+                yield (0 if k else n), {t: _unpadded(v, n) for t, v in values.items() if v.dtype == np.float32}
+                del values, made
+
+
+def _fed_ahead(
+    reader: ThreadPoolExecutor, batches: Iterable[Batch], ports: Sequence[Port], name: str
+) -> Iterator[tuple[int, dict[str, NDArray[np.generic]]]]:
+    """Yield number of samples and inputs of each batch; `reader` prepares the next one meanwhile."""
+    source = iter(batches)
+
+    def prepared() -> tuple[int, dict[str, NDArray[np.generic]]] | None:
+        batch = next(source, None)
+        return None if batch is None else (len(batch.index), _fed(ports, batch, name))
+
+    following = reader.submit(prepared)
+    while (ready := following.result()) is not None:
+        following = reader.submit(prepared)
+        yield ready
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """Memory that large outputs of all pieces are written to, one piece at a time; it grows as needed."""
+
+    memory: NDArray[np.uint8]
+
+
+def _runner(piece: Piece, name: str, threads: int, shared: _Buffer | None) -> tuple[tuple[Port, ...], Predict]:
+    """Return what a piece reads, and the function that runs it: from all tensors at hand to what the piece gives.
+
+    The first run with inputs of some shapes finds the shapes of the outputs; later ones write to `shared`.
+    """
+    options = _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    # Between two runs the cores count and read images; spinning threads would take them.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Pieces take turns with one heap; an arena each would keep what the others could use.
+    options.enable_cpu_mem_arena = False
+    session = _session(piece.model, name, options)
+    given = [o.name for o in session.get_outputs() if o.name in piece.gives]
+    known: dict[tuple[tuple[int, ...], ...], dict[str, NDArray[np.generic]]] = {}
+
+    def run(live: Tensors) -> dict[str, NDArray[np.generic]]:
+        fed = {k: live[k] for k in piece.reads}
+        shapes = tuple(v.shape for v in fed.values())
+        if shared is not None and shapes in known:
+            return _run_into(session, fed, _views(known[shapes], shared), name)
+        made = dict(zip(given, _run(session, given, fed, name), strict=True))
+        known.clear()  # one at a time: data of ever new shapes must not pile up
+        known[shapes] = {k: np.broadcast_to(np.zeros((), v.dtype), v.shape) for k, v in made.items()}
+        return made
+
+    return tuple(_port(i) for i in session.get_inputs()), run
+
+
+def _views(like: Tensors, shared: _Buffer) -> dict[str, NDArray[np.generic]]:
+    """Return an array of the shape and dtype of each in `like`, one behind the other in the buffer."""
+    starts = np.cumsum([0, *(-(-v.size * v.itemsize // _ALIGN) * _ALIGN for v in like.values())])
+    if shared.memory.size < starts[-1] + _ALIGN:
+        shared.memory = np.empty(starts[-1] + _ALIGN, np.uint8)
+    first = -shared.memory.ctypes.data % _ALIGN
+    return {
+        k: shared.memory[first + start :][: v.size * v.itemsize].view(v.dtype).reshape(v.shape)
+        for (k, v), start in zip(like.items(), starts, strict=False)
+    }
+
+
+def _run_into(
+    session: ort.InferenceSession, fed: Tensors, outputs: dict[str, NDArray[np.generic]], name: str
+) -> dict[str, NDArray[np.generic]]:
+    """Run with `outputs` written to the given arrays; values may change what shapes depend on, then fall back."""
+    binding = session.io_binding()
+    for k, v in fed.items():
+        binding.bind_cpu_input(k, v)
+    for k, v in outputs.items():
+        binding.bind_output(k, "cpu", 0, v.dtype.type, v.shape, v.ctypes.data)
+    try:
+        session.run_with_iobinding(binding)
+    except (*_FAILURES, RuntimeError):
+        return dict(zip(outputs, _run(session, list(outputs), fed, name), strict=True))
+    return outputs
+
+
+def _unpadded(x: NDArray[np.generic], n: int) -> NDArray[np.generic]:
+    """Return `x` without the rows that come from the copies of the last sample, if it has such rows."""
+    if x.ndim and 0 < n < len(x) and all(np.array_equal(x[n - 1], row) for row in x[n:]):
+        return x[:n]
+    return x
 
 
 def optimized_ops(model: bytes, *, name: str = "model") -> Counter[str]:
@@ -213,6 +320,8 @@ def optimized_ops(model: bytes, *, name: str = "model") -> Counter[str]:
 
     A convolution that runs on integers is a `QLinearConv` there, one that does not is a `Conv` or `FusedConv`.
     """
+    import onnx
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         options = _options(1, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
@@ -270,7 +379,7 @@ def _options(threads: int, level: ort.GraphOptimizationLevel) -> ort.SessionOpti
     return options
 
 
-def _session(model: bytes, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
+def _session(model: bytes | Path, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except _FAILURES as e:

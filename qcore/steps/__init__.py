@@ -7,7 +7,9 @@ so importing this package is cheap. Inputs are never changed, and nothing is wri
 from qcore.steps.auto import AutoSummary as AutoSummary
 from qcore.steps.auto import compress_auto as compress_auto
 from qcore.steps.calibration import CALIBRATION_BINS as CALIBRATION_BINS
+from qcore.steps.calibration import CALIBRATION_DECAY as CALIBRATION_DECAY
 from qcore.steps.calibration import calibrate as calibrate
+from qcore.steps.calibration import merge_tables as merge_tables
 from qcore.steps.compression import CompressionSummary as CompressionSummary
 from qcore.steps.compression import compress as compress
 from qcore.steps.compression import prune as prune

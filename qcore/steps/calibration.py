@@ -1,18 +1,26 @@
-"""Calibration on files: a model and a split in, a table out."""
+"""Calibration on files: a model and a split in, a table out; in shards and in several processes if wanted."""
 
-from collections.abc import Iterator
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qcore.canonical import Json
+from qcore.steps.children import Call, run_children
 from qcore.steps.guard import Progress, refuse_overwrite, silent
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from qcore.calibration import CalibrationTable
+    from qcore.calibration import CalibrationOptions, CalibrationTable, Shard, Tensors
     from qcore.data.dataset import Dataset
 
 CALIBRATION_BINS = 2048
+CALIBRATION_DECAY = 0.99
 
 
 def calibrate(
@@ -22,39 +30,251 @@ def calibrate(
     out: Path,
     split: str = "calibration",
     bins: int = CALIBRATION_BINS,
+    decay: float = CALIBRATION_DECAY,
+    tensors: Sequence[str] = (),
+    shard: tuple[int, int] = (1, 1),
+    jobs: int = 1,
     progress: Progress = silent,
 ) -> "CalibrationTable":
-    """Return the calibration table of `model` over `split`, written to `out`."""
-    from qcore.calibration import save_table
-    from qcore.data.dataset import open_dataset
-    from qcore.graph.io import parse_model, read_model_bytes
+    """Return the calibration table of `model` over `split`, written to `out`.
 
-    raw = read_model_bytes(model)
+    Args:
+        model: float ONNX model.
+        data: data card.
+        out: where the table goes.
+        split: of the card.
+        bins: histogram resolution.
+        decay: of the moving average, per sample.
+        tensors: names or patterns (`*`, `?`) of the activations to measure; none: all that a target may quantize.
+        shard: (I, N): only part I (from 1) of N of the split; `merge_tables` puts the parts together.
+        jobs: processes to count with; the table is the same.
+        progress: called with the number of samples done.
+
+    Raises:
+        QcoreError: model, data or options cannot be used, or a process was killed.
+    """
+    from qcore.calibration import CalibrationOptions, merge_tables, save_table, shard_of
+    from qcore.data.dataset import open_dataset
+    from qcore.errors import CalibrationError
+    from qcore.runtime.heap import one_heap
+
+    if jobs < 1:
+        raise CalibrationError(f"jobs is {jobs}; allowed: 1 or more")
     refuse_overwrite(out, model, data=data)
-    table = count_table(raw, parse_model(raw, str(model)), open_dataset(data, split), bins, progress)
+    one_heap()
+    patterns = tuple(sorted(set(tensors)))
+    options = CalibrationOptions(bins=bins, decay=decay, tensors=patterns)
+    dataset = open_dataset(data, split)
+    with tempfile.TemporaryDirectory(prefix="qcore-calibrate-") as name:
+        folder = Path(name)
+        plan = _planned(model, patterns, _sample_shapes(dataset), folder)
+        options = replace(options, batch=plan["batch"])
+        whole = shard_of(dataset.n, *shard, batch=options.batch)
+        if jobs == 1:
+            table = _count(plan, (dataset, options, whole), progress)
+        else:
+            count = {"plan": plan, "data": str(data), "split": split, "options": options.to_json()}
+            table = merge_tables(_count_in_jobs(count, whole, min(jobs, _batches(whole, options)), progress, folder))
+    save_table(table, out)
+    return table
+
+
+def merge_tables(*, tables: Sequence[Path], out: Path) -> "CalibrationTable":
+    """Return the table of all shards `tables` together, written to `out`; their order does not matter.
+
+    Raises:
+        CalibrationError: no table, a damaged one, tables of different runs, or a sample that is in two of them.
+    """
+    from qcore.calibration import load_table, save_table
+    from qcore.calibration import merge_tables as merged
+
+    refuse_overwrite(out, *tables)
+    table = merged(load_table(path) for path in tables)
     save_table(table, out)
     return table
 
 
 def count_table(raw: bytes, model: "ir.Model", dataset: "Dataset", bins: int, progress: Progress) -> "CalibrationTable":
     """Return the table of `model` (the bytes `raw`) over all samples of `dataset`."""
-    from qcore.calibration import calibrate as count
+    from qcore.calibration import CalibrationOptions, shard_of
+
+    with tempfile.TemporaryDirectory(prefix="qcore-calibrate-") as name:
+        plan = _cut(raw, _plan(raw, model, ()), _sample_shapes(dataset), Path(name))
+        options = CalibrationOptions(bins=bins, batch=plan["batch"])
+        return _count(plan, (dataset, options, shard_of(dataset.n, 1, 1, batch=options.batch)), progress)
+
+
+def plan_file(*, model: str, patterns: Sequence[str]) -> Json:
+    """Return what to measure of a model file.
+
+    Args:
+        model: path of the file.
+        patterns: as `tensors` of `calibrate`.
+
+    Returns:
+        `names` of the tensors, the fixed `batch` of the model (1 if it has none), and the file's `sha256`.
+    """
+    from qcore.graph.io import parse_model, read_model_bytes
+
+    raw = read_model_bytes(Path(model))
+    return _plan(raw, parse_model(raw, model), patterns)
+
+
+def cut_file(*, model: str, plan: Json, shapes: Mapping[str, Sequence[int]], folder: str) -> Json:
+    """Return `plan` with the `pieces` that the model runs in (file, what it reads, what it gives), written to `folder`.
+
+    Args:
+        model: path of the file.
+        plan: of `plan_file`.
+        shapes: of one sample, by input.
+        folder: for the pieces.
+
+    Raises:
+        ModelError: the file is not the one that was planned.
+    """
     from qcore.canonical import sha256_bytes
-    from qcore.data.dataset import Batch, batches
+    from qcore.errors import ModelError
+
+    raw = Path(model).read_bytes()
+    if sha256_bytes(raw) != plan["sha256"]:
+        raise ModelError(f"model file {model} changed while it was read; run the same command again")
+    return _cut(raw, plan, shapes, Path(folder))
+
+
+def count_part(*, plan: Json, data: str, split: str, options: Json, shard: Json, out: str, progress: Progress) -> None:
+    """Count one shard and write its table: what a process of `calibrate(jobs=...)` does."""
+    from qcore.calibration import CalibrationOptions, Shard, save_table
+    from qcore.data.dataset import open_dataset
+    from qcore.runtime.heap import one_heap
+
+    one_heap()
+    chosen = CalibrationOptions(**{**options, "tensors": tuple(options["tensors"])})
+    save_table(_count(plan, (open_dataset(Path(data), split), chosen, Shard(**shard)), progress), Path(out))
+
+
+def _planned(model: Path, patterns: Sequence[str], shapes: Mapping[str, Sequence[int]], folder: Path) -> Json:
+    """Return the plan, made by processes of their own: analysis needs memory that counting has no other use for."""
+    first = {"model": str(model), "patterns": list(patterns)}
+    second = {"model": str(model), "shapes": dict(shapes), "folder": str(folder)}
+    if "onnx_ir" in sys.modules:  # the memory is spent already, for instance by a recipe's other steps
+        return cut_file(**second, plan=plan_file(**first))  # type: ignore[arg-type]
+    plan = run_children([Call(what="plan", arguments=first, name="that reads the model")])[0]
+    return run_children([Call(what="cut", arguments={**second, "plan": plan}, name="that cuts the model")])[0]
+
+
+def _plan(raw: bytes, model: "ir.Model", patterns: Sequence[str]) -> Json:
+    from qcore.canonical import sha256_bytes
+
+    return {"names": _names_of(model, patterns), "batch": _batch_of(model), "sha256": sha256_bytes(raw)}
+
+
+def _cut(raw: bytes, plan: Json, shapes: Mapping[str, Sequence[int]], folder: Path) -> Json:
+    from qcore.runtime.pieces import cut
+
+    pieces = []
+    for k, piece in enumerate(cut(raw, plan["names"], shapes)):
+        path = folder / f"piece{k}.onnx"
+        path.write_bytes(piece.model)
+        pieces.append({"file": str(path), "reads": piece.reads, "gives": piece.gives})
+    return {**plan, "pieces": pieces}
+
+
+def _sample_shapes(dataset: "Dataset") -> dict[str, tuple[int, ...]]:
+    """Return the shape of one sample by input, from the first."""
+    from qcore.data.dataset import batches
+
+    one = replace(dataset, indices=dataset.indices[:1], labels=None if dataset.labels is None else dataset.labels[:1])
+    return {name: x.shape[1:] for name, x in next(batches(one, 1)).x.items()}
+
+
+def _count_in_jobs(
+    count: dict[str, Json], whole: "Shard", jobs: int, progress: Progress, folder: Path
+) -> "list[CalibrationTable]":
+    """Return the tables of `jobs` processes that share the samples of `whole`."""
+    from qcore.calibration import load_table, shard_of
+
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    calls, outs = [], []
+    for k in range(jobs):
+        part = shard_of(whole.stop - whole.start, k + 1, jobs, batch=count["options"]["batch"])
+        start, stop = whole.start + part.start, whole.start + part.stop
+        outs.append(folder / f"{k}.json")
+        shard = {"size": whole.size, "start": start, "stop": stop, "threads": threads}
+        arguments = {**count, "shard": shard, "out": str(outs[-1])}
+        calls.append(Call(what="count", arguments=arguments, name=f"that calibrates samples {start} to {stop - 1}"))
+    run_children(calls, progress)
+    return [load_table(path) for path in outs]
+
+
+def _batches(shard: "Shard", options: "CalibrationOptions") -> int:
+    return -(-(shard.stop - shard.start) // options.batch)
+
+
+Counted = tuple["Dataset", "CalibrationOptions", "Shard"]
+
+
+def _count(plan: Json, what: Counted, progress: Progress) -> "CalibrationTable":
+    """Return the table of a planned model over the samples of a shard."""
+    from qcore.calibration import calibrate as count
+
+    dataset, options, shard = what
+    return count(
+        _activations(plan, what, progress),
+        model_sha256=plan["sha256"],
+        data_sha256=dataset.sha256,
+        options=options,
+        shard=shard,
+    )
+
+
+def _activations(plan: Json, what: Counted, progress: Progress) -> "Iterator[tuple[int, Tensors]]":
+    from qcore.data.dataset import batches
+    from qcore.runtime import ort
+    from qcore.runtime.piece import Piece
+
+    dataset, options, shard = what
+    part = replace(
+        dataset,
+        indices=dataset.indices[shard.start : shard.stop],
+        labels=None if dataset.labels is None else dataset.labels[shard.start : shard.stop],
+    )
+    pieces = (  # read one at a time: the runtime's copy is enough
+        Piece(model=Path(p["file"]).read_bytes(), reads=tuple(p["reads"]), gives=tuple(p["gives"]))
+        for p in plan["pieces"]
+    )
+    done = 0
+    produced = ort.piece_activations(pieces, plan["names"], batches(part, options.batch), threads=shard.threads)
+    for n, tensors in produced:
+        if n and done:
+            progress("calibrating", done, part.n)
+        done += n
+        yield n, tensors
+        del tensors
+    progress("calibrating", done, part.n)
+
+
+def _names_of(model: "ir.Model", patterns: Sequence[str]) -> list[str]:
+    from qcore.errors import CalibrationError
     from qcore.graph.fold import fold_batchnorm
     from qcore.methods.quantize import tensors_to_calibrate
-    from qcore.runtime import ort
 
     names = tensors_to_calibrate(fold_batchnorm(model).model)
-    size = ort.load(raw).fixed_batch or 1
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            raise CalibrationError(
+                f"tensors names {pattern!r}, which is no activation that a target quantizes; known: "
+                f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            )
+    return [n for n in names if not patterns or any(_matches(n, p) for p in patterns)]
 
-    def counted() -> Iterator[Batch]:
-        done = 0
-        for batch in batches(dataset, size):
-            yield batch
-            done += len(batch.index)
-            progress("calibrating", done, dataset.n)
 
-    return count(
-        ort.activations(raw, names, counted()), model_sha256=sha256_bytes(raw), data_sha256=dataset.sha256, bins=bins
-    )
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+def _batch_of(model: "ir.Model") -> int:
+    """Return the batch size that the model insists on, or 1."""
+    fed = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
+    shape = fed[0].shape if fed else None
+    first = shape[0] if shape is not None and len(shape) else None
+    return first if isinstance(first, int) and first > 0 else 1

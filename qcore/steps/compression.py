@@ -79,7 +79,7 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
         CalibrationError: the table is of another model.
         ConfigError: the recipe changes weights before it quantizes, which the table has not seen.
     """
-    from qcore.calibration import load_table
+    from qcore.calibration import check_table, load_table
     from qcore.canonical import sha256_bytes
     from qcore.compression import load_recipe
     from qcore.graph.io import parse_model, read_model_bytes
@@ -100,7 +100,7 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
         )
     measured = load_table(table)
     raw = read_model_bytes(model)
-    _expect_table_of(measured, sha256_bytes(raw), model)
+    check_table(measured, model_sha256=sha256_bytes(raw), name=str(model))
     evidence = Evidence(table=lambda current: measured, fit=(), held_out=(), batch=1, task="none")
     return _written(raw, parse_model(raw, str(model)), out, loaded, target, evidence)
 
@@ -227,13 +227,3 @@ def _unchanged(model: Path, out: Path, recipe: "Recipe") -> CompressionSummary:
         target="any",
         steps=(),
     )
-
-
-def _expect_table_of(table: "CalibrationTable", sha256: Digest, model: Path) -> None:
-    from qcore.errors import CalibrationError
-
-    if table.model_sha256 != sha256:
-        raise CalibrationError(
-            f"the calibration table is of model {table.model_sha256[:12]}, but {model} is {sha256[:12]}; run "
-            "`qcore calibrate` on this model"
-        )

@@ -79,8 +79,9 @@ def test_what_the_quantizer_writes_satisfies_its_profile(name, make, fields):
 @pytest.mark.parametrize("make", [conv_net, conv_head_net])
 @pytest.mark.parametrize("name", TARGETS)
 def test_so_does_the_operator_form_and_the_wide_one(name, make):
-    file = onnx.ModelProto.FromString(serialize_model(quantized(make(), name, form="qoperator").model))
-    assert findings(file, name) == []
+    if name != "tensorrt":
+        file = onnx.ModelProto.FromString(serialize_model(quantized(make(), name, form="qoperator").model))
+        assert findings(file, name) == []
     wide = profile(name, activations=load_target(name).wide_activations)
     assert findings(written(quantized(make(), wide)), wide) == []
 

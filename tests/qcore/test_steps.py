@@ -212,7 +212,11 @@ def test_what_is_no_regular_file_is_never_replaced(inputs, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"bins": None},
+        {"options": None},
+        {"key": "0" * 64},
+        {"positions": [[0, 9999]]},
+        {"positions": []},
+        {"average": {"weight": "1", "low_sum": "5", "high_sum": "4"}},
         {"tensors": {}},
         {"low": 9e9},
         {"low": float("nan")},

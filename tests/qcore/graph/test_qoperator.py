@@ -100,6 +100,11 @@ def test_sixteen_and_four_bits_are_refused():
         quantized(conv_net(), profile("x86-avx2", weights="int4"), form="qoperator")
 
 
+def test_a_profile_with_float_biases_is_refused():
+    with pytest.raises(ModelError, match="form qoperator has int32 biases, tensorrt wants float ones"):
+        quantized(conv_net(), "tensorrt", form="qoperator")
+
+
 def test_the_argument_is_not_changed_and_the_bytes_are_the_same_twice():
     pairs = quantized(conv_net(), "x86-avx2").model
     before = serialize_model(pairs)
