@@ -24,8 +24,7 @@ class RoundWeightsStep(Config):
     `damping` and `pull` are shares of the mean diagonal of the second moments: what is added to it, and how firmly the
     least-squares answer to the layer's real inputs is held to the float weights (None: these are rounded as they are).
     `shrink` lists what the scales of the weights are multiplied by; the factor that serves a layer's outputs best is
-    taken, for each scale. `gain` then corrects the scales for the slope of the outputs, unless they must be powers of
-    two. With few levels a smaller step is worth the largest weights that it cuts.
+    taken, for each scale. `gain` then corrects the scales for the slope of the outputs. Powers of two stay such. With few levels a smaller step is worth the largest weights that it cuts.
     """
 
     method: Literal["round-weights"] = "round-weights"
@@ -45,9 +44,10 @@ def round_weights(
     `exact` says that scales must keep their form (powers of two).
     """
     top = (1 << (bits - 1)) - 1
+    factors = [f for f in step.shrink if not exact or np.frexp(f)[0] == 0.5] or [1.0]
     tried = [
         refined_weights(replace(layer, scale=layer.scale * factor), moments, (-top, top), step.damping, step.pull)
-        for factor in step.shrink
+        for factor in factors
     ]
     best = best_scales(tried, moments, shared=layer.shared)
     if step.gain and not exact:

@@ -22,8 +22,8 @@ MOST_GAIN = 1.5
 class LayerMoments:
     """Moments of a layer's inputs x and of its wanted outputs y, over sampled output positions.
 
-    `mean_in` (groups, inputs), `mean_out`, `variance_out` (groups, outputs); `covariance` (groups, inputs, inputs) of
-    x with itself and `cross` (groups, outputs, inputs) of y with x. Inputs are input channels times taps.
+    `mean_in` (groups, inputs), `mean_out` and `variance_out` (groups, outputs); `covariance` (groups, inputs, inputs)
+    of x with itself and `cross` (groups, outputs, inputs) of y with x. Inputs are input channels times taps.
     """
 
     mean_in: Array
@@ -86,15 +86,17 @@ class MomentSums:
         shift_in, shift_out = self._x / n, self._y / n
         covariance = self._xx / n - shift_in[:, :, None] * shift_in[:, None, :]
         cross = self._yx / n - shift_out[:, :, None] * shift_in[:, None, :]
+        variance_out = np.maximum(self._yy / n - shift_out**2, 0.0)
         mean_in, mean_out = shift_in + self._origin[0][:, 0], shift_out + self._origin[1][:, 0]
         variance = np.maximum(self._yy / n - shift_out**2, 0.0)
         if not centred:
             variance = variance + mean_out**2
             covariance = covariance + mean_in[:, :, None] * mean_in[:, None, :]
             cross = cross + mean_out[:, :, None] * mean_in[:, None, :]
+            variance_out = variance_out + mean_out**2
             mean_in, mean_out = np.zeros_like(mean_in), np.zeros_like(mean_out)
         return LayerMoments(
-            mean_in=mean_in, mean_out=mean_out, variance_out=variance, covariance=covariance, cross=cross
+            mean_in=mean_in, mean_out=mean_out, variance_out=variance_out, covariance=covariance, cross=cross
         )
 
 

@@ -60,6 +60,15 @@ def test_recovery_never_takes_a_model_further_from_float(recipe, target):
             assert bool(step.changed) == step.kept
 
 
+def test_powers_of_two_stay_powers_of_two():
+    made = compress(parsed(outlier_net()), load_recipe("int4-rounded"), load_target("fixed-point-pow2"),
+                    evidence_of(images()))  # fmt: skip
+    assert step_of(made, "round-weights").kept
+    scales = [onnx.numpy_helper.to_array(i) for i in read(made.model).graph.initializer if i.name.endswith("_scale")]
+    assert scales
+    assert all((np.frexp(s)[0] == 0.5).all() for s in scales)
+
+
 def test_four_bits_need_second_order_rounding():
     """Behind the first layers channels move together, as in every trained net."""
     proto = outlier_net()

@@ -1,10 +1,18 @@
 """Moments, the bias that follows from them, and weights for inputs that are not the float model's."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcore.numerics.refine import GridLayer, MomentSums, corrected_bias, refined_weights
+from qcore.numerics.refine import (
+    GridLayer,
+    MomentSums,
+    best_scales,
+    corrected_bias,
+    refined_weights,
+    restored_gain,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -95,3 +103,46 @@ def test_without_a_bias_moments_are_about_zero():
     np.testing.assert_allclose(m.cross, np.swapaxes(y, 1, 2) @ x / 50, rtol=1e-4, atol=1e-4)
     assert not m.mean_in.any()
     assert not m.mean_out.any()
+
+
+def test_a_restored_gain_makes_the_slope_one():
+    x, y, w = rows(7, groups=1, n=400)
+    scale = np.abs(w).max(axis=2) / 5
+    faded = GridLayer(wanted=w, integers=np.rint(0.9 * w / scale[:, :, None]), scale=scale)
+    mended = restored_gain(faded, moments_of(x, y))
+    np.testing.assert_array_equal(mended.integers, faded.integers)
+    made = x @ np.swapaxes(mended.integers * mended.scale[:, :, None], 1, 2)
+    for wanted, ours in zip(y[0].T, made[0].T, strict=True):
+        assert np.polyfit(wanted, ours, 1)[0] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_shared_scale_stays_shared_and_a_dead_layer_keeps_its_own():
+    x, y, w = rows(8, groups=1)
+    shared = GridLayer(wanted=w, integers=np.rint(w / 0.3), scale=np.full((1, 4), 0.3), shared=True)
+    assert np.ptp(restored_gain(shared, moments_of(x, y)).scale) == 0
+    dead = GridLayer(wanted=w, integers=0 * w, scale=np.full((1, 4), 0.3))
+    np.testing.assert_array_equal(restored_gain(dead, moments_of(x, y)).scale, dead.scale)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seeds, st.booleans())
+def test_the_best_of_several_grids_serves_every_output_best(seed, shared):
+    x, y, w = rows(seed)
+    m = moments_of(x, y)
+    full = np.abs(w).max(axis=2) if not shared else np.full(w.shape[:2], np.abs(w).max())
+    tried = []
+    for factor in (1.0, 0.8, 0.6):
+        layer = GridLayer(wanted=w, integers=0 * w, scale=full / 3 * factor, shared=shared)
+        tried.append(refined_weights(layer, m, (-3, 3), 0.01, None))
+
+    def error(layer):
+        d = layer.integers * layer.scale[:, :, None] - w
+        return np.einsum("goi,gij,goj->go", d, m.covariance, d)
+
+    best = best_scales(tried, m, shared)
+    errors = np.stack([error(t) for t in tried])
+    if shared:
+        assert error(best).sum() == pytest.approx(errors.sum(axis=(1, 2)).min())
+        assert np.ptp(best.scale) == 0
+    else:
+        np.testing.assert_allclose(error(best), errors.min(axis=0))
