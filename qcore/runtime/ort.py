@@ -176,9 +176,10 @@ def _fed_ahead(
 
 @dataclass(slots=True)
 class _Buffer:
-    """Memory that large outputs of all pieces are written to, one piece at a time; it grows as needed."""
+    """Memory that the outputs of all pieces are written to, one piece at a time; `needed` is the most of them."""
 
     memory: NDArray[np.uint8]
+    needed: int = 0
 
 
 def _runner(piece: Piece, name: str, threads: int, shared: _Buffer | None) -> tuple[tuple[Port, ...], Predict]:
@@ -203,6 +204,8 @@ def _runner(piece: Piece, name: str, threads: int, shared: _Buffer | None) -> tu
         made = dict(zip(given, _run(session, given, fed, name), strict=True))
         known.clear()  # one at a time: data of ever new shapes must not pile up
         known[shapes] = {k: np.broadcast_to(np.zeros((), v.dtype), v.shape) for k, v in made.items()}
+        if shared is not None:  # all pieces say so before one writes, so the buffer need not grow
+            shared.needed = max(shared.needed, int(_starts(made)[-1]))
         return made
 
     return tuple(_port(i) for i in session.get_inputs()), run
@@ -210,14 +213,19 @@ def _runner(piece: Piece, name: str, threads: int, shared: _Buffer | None) -> tu
 
 def _views(like: Tensors, shared: _Buffer) -> dict[str, NDArray[np.generic]]:
     """Return an array of the shape and dtype of each in `like`, one behind the other in the buffer."""
-    starts = np.cumsum([0, *(-(-v.size * v.itemsize // _ALIGN) * _ALIGN for v in like.values())])
+    starts = _starts(like)
     if shared.memory.size < starts[-1] + _ALIGN:
-        shared.memory = np.empty(starts[-1] + _ALIGN, np.uint8)
+        shared.memory = np.empty(shared.needed + _ALIGN, np.uint8)
     first = -shared.memory.ctypes.data % _ALIGN
     return {
         k: shared.memory[first + start :][: v.size * v.itemsize].view(v.dtype).reshape(v.shape)
         for (k, v), start in zip(like.items(), starts, strict=False)
     }
+
+
+def _starts(arrays: Tensors) -> NDArray[np.int64]:
+    """Return where each array begins in a buffer that holds all, and where the last ends."""
+    return np.cumsum([0, *(-(-v.size * v.itemsize // _ALIGN) * _ALIGN for v in arrays.values())])
 
 
 def _run_into(
