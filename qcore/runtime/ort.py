@@ -3,6 +3,8 @@
 Models go in as bytes, so that the runtime can never read anything beside them.
 """
 
+import contextlib
+import functools
 import platform
 import tempfile
 import time
@@ -190,8 +192,9 @@ def _runner(piece: Piece, name: str, threads: int, shared: _Buffer | None) -> tu
     options = _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
     # Between two runs the cores count and read images; spinning threads would take them.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Pieces take turns with one heap; an arena each would keep what the others could use.
-    options.enable_cpu_mem_arena = False
+    # Pieces take turns with one arena; an arena each would keep what the others could use.
+    _share_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     session = _session(piece.model, name, options)
     given = [o.name for o in session.get_outputs() if o.name in piece.gives]
     known: dict[tuple[tuple[int, ...], ...], dict[str, NDArray[np.generic]]] = {}
@@ -209,6 +212,15 @@ def _runner(piece: Piece, name: str, threads: int, shared: _Buffer | None) -> tu
         return made
 
     return tuple(_port(i) for i in session.get_inputs()), run
+
+
+@functools.cache
+def _share_arena() -> None:
+    """Register one arena for all sessions of the process that ask for it, unless somebody has."""
+    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    exactly = {"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": -1, "max_dead_bytes_per_chunk": -1}
+    with contextlib.suppress(*_FAILURES, RuntimeError):
+        ort.create_and_register_allocator(info, ort.OrtArenaCfg(exactly))
 
 
 def _views(like: Tensors, shared: _Buffer) -> dict[str, NDArray[np.generic]]:
