@@ -154,9 +154,10 @@ def interpreter(peer: Peer, cache: Path) -> Path:
     if not (folder / ".complete").exists():
         print(f"making the environment of {peer.name} in {folder}", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
         # The file names every package: --no-deps keeps the CUDA packages away that torch would ask for.
-        command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "-r", peer.requirements]
+        pip = [sys.executable, "-m", "pip", "--python", python]
+        command = [*pip, "install", "--quiet", "--no-deps", "-r", peer.requirements]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise Skipped(f"cannot be installed: {_last_line(done.stderr)}")
@@ -255,6 +256,7 @@ def outputs(model: Path, x: NDArray[np.float32], *, optimized: bool) -> NDArray[
     """Return the first output of `model` for `x`, (n, classes), with all or none of the runtime's optimizations."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others may need the cores
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
     session = ort.InferenceSession(model.read_bytes(), options, providers=["CPUExecutionProvider"])

@@ -29,14 +29,11 @@ FOUR_BITS = {
 def quantize(job: Job) -> None:
     """Run `qcore compress`; a refusal of the command line is the reason in the table."""
     from qcore.cli.main import main
-    from qcore.compression import RECIPES
 
     key = tuple(job.options[k] for k in ("weights", "activations", "symmetric"))
     if key not in TARGETS:
         raise NotOffered(f"no shipped target has {key}")
     recipe = "auto" if "auto" in job.options["recovery"] else "int8"
-    if recipe == "auto" and not (RECIPES / "auto.yaml").exists() and not hasattr(qcore, "AUTO"):
-        raise NotOffered("this version has no recipe auto")
     if job.options["weight_bits"] == 4:
         if recipe == "auto":
             raise NotOffered("recipe auto chooses its own bits")
