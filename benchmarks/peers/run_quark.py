@@ -43,9 +43,7 @@ def algorithm(name: str):
     """Return one of its recovery algorithms as it ships, but with batches of 8 samples where it trains."""
     match name:
         case "cle":
-            return CLEConfig(cle_steps=-1)
-        case "cle-1":
-            return CLEConfig(cle_steps=1)
+            return CLEConfig()
         case "bias-correction":
             return BiasCorrectionConfig()
         case "gptq":
@@ -63,7 +61,7 @@ def algorithm(name: str):
 def quantize(job: Job) -> None:
     """Write the quantized model."""
     job.only("weight_bits", 8)
-    names = job.recovery("cle", "cle-1", "bias-correction", "gptq", "adaround", "adaround-bias", "adaquant")
+    names = job.recovery("cle", "bias-correction", "gptq", "adaround", "adaround-bias", "adaquant")
     spec = Int8Spec if job.options["activations"] == "int8" else UInt8Spec
     per_channel = job.options["weights"] == "per-channel"
     config = QConfig(
