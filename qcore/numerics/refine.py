@@ -88,9 +88,7 @@ class MomentSums:
         cross = self._yx / n - shift_out[:, :, None] * shift_in[:, None, :]
         variance_out = np.maximum(self._yy / n - shift_out**2, 0.0)
         mean_in, mean_out = shift_in + self._origin[0][:, 0], shift_out + self._origin[1][:, 0]
-        variance = np.maximum(self._yy / n - shift_out**2, 0.0)
         if not centred:
-            variance = variance + mean_out**2
             covariance = covariance + mean_in[:, :, None] * mean_in[:, None, :]
             cross = cross + mean_out[:, :, None] * mean_in[:, None, :]
             variance_out = variance_out + mean_out**2
