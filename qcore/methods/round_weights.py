@@ -33,7 +33,7 @@ class RoundWeightsStep(Config):
     positions: int = Field(default=64, ge=1)
     damping: float = Field(default=0.01, gt=0)
     pull: float | None = Field(default=None, gt=0)
-    gain: bool = True
+    gain: bool = False
     shrink: tuple[Annotated[float, Field(gt=0.1, le=1)], ...] = Field(default=(1.0,), min_length=1)
 
 

@@ -104,8 +104,8 @@ def load_exact(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded
     (`session.x64quantprecision`). Elsewhere this is `load`. Arguments and errors are those of `load`.
     """
     options = _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
-    # onnxruntime 1.32 cannot run MatMulNBits in that mode; weight-only files have no such kernels to correct.
-    if b"MatMulNBits" not in model:
+    # In that mode onnxruntime 1.32 breaks files whose weights alone are integers; they have no kernels to correct.
+    if (b"QuantizeLinear" in model or b"QLinear" in model) and b"MatMulNBits" not in model:
         options.add_session_config_entry("session.x64quantprecision", "1")
     return _loaded(_session(model, name, options), name)
 
