@@ -24,9 +24,8 @@ class RoundWeightsStep(Config):
     `damping` and `pull` are shares of the mean diagonal of the second moments: what is added to it, and how firmly the
     least-squares answer to the layer's real inputs is held to the float weights (None: these are rounded as they are).
     `shrink` lists what the scales of the weights are multiplied by; the factor that serves a layer's outputs best is
-    taken, for each scale (powers of two stay powers of two). `gain` then corrects the scales for the slope of the
-    outputs, unless they must be powers of two. With few levels a smaller step is worth the largest weights that it
-    cuts.
+    taken, for each scale: with few levels a smaller step is worth the largest weights that it cuts. `gain` then
+    corrects the scales for the slope of the outputs. Powers of two stay such.
     """
 
     method: Literal["round-weights"] = "round-weights"

@@ -106,7 +106,10 @@ def tensor_stats(x: Float, *, bins: int = DEFAULT_BINS, weight: int = ONE) -> Te
 
 
 def add_sample(stats: TensorStats | None, x: Float, *, bins: int = DEFAULT_BINS, weight: int = ONE) -> TensorStats:
-    """Return what merging `stats` with the statistics of one more sample gives, for less work.
+    """Return what merging `stats` with the statistics of one more sample gives, for less work and memory.
+
+    `stats` is used up: its histogram is written to where the bins stay the same. A new one for every sample would end
+    up in the gaps between the activations, and the heap would grow.
 
     Raises:
         ValueError: as `tensor_stats`; or `stats` has other `bins`.
@@ -122,7 +125,10 @@ def add_sample(stats: TensorStats | None, x: Float, *, bins: int = DEFAULT_BINS,
     histogram, e, first = _empty_histogram(low, high, bins)
     if stats is not None:
         _refuse_other_bins(stats.bins, bins)
-        _coarsen_into(histogram, e, first, stats)
+        if (e, first, histogram.size) == (stats.exponent, stats.first, stats.histogram.size):
+            histogram = stats.histogram
+        else:
+            _coarsen_into(histogram, e, first, stats)
     _count_into(histogram, e, first, flat)
     sums = (weight, weight * _units(x_low), weight * _units(x_high))
     if stats is None:

@@ -3,6 +3,8 @@
 Models go in as bytes, so that the runtime can never read anything beside them.
 """
 
+import contextlib
+import functools
 import platform
 import tempfile
 import time
@@ -102,7 +104,9 @@ def load_exact(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded
     (`session.x64quantprecision`). Elsewhere this is `load`. Arguments and errors are those of `load`.
     """
     options = _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    # onnxruntime 1.32 cannot run MatMulNBits in that mode; weight-only files have no such kernels to correct.
+    if b"MatMulNBits" not in model:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return _loaded(_session(model, name, options), name)
 
 
@@ -248,9 +252,10 @@ def _fed_ahead(
 
 @dataclass(slots=True)
 class _Buffer:
-    """Memory that large outputs of all pieces are written to, one piece at a time; it grows as needed."""
+    """Memory that the outputs of all pieces are written to, one piece at a time; `needed` is the most of them."""
 
     memory: NDArray[np.uint8]
+    needed: int = 0
 
 
 def _runner(piece: Piece, name: str, threads: int, shared: _Buffer | None) -> tuple[tuple[Port, ...], Predict]:
@@ -261,8 +266,9 @@ def _runner(piece: Piece, name: str, threads: int, shared: _Buffer | None) -> tu
     options = _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
     # Between two runs the cores count and read images; spinning threads would take them.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Pieces take turns with one heap; an arena each would keep what the others could use.
-    options.enable_cpu_mem_arena = False
+    # Pieces take turns with one arena; an arena each would keep what the others could use.
+    _share_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     session = _session(piece.model, name, options)
     given = [o.name for o in session.get_outputs() if o.name in piece.gives]
     known: dict[tuple[tuple[int, ...], ...], dict[str, NDArray[np.generic]]] = {}
@@ -275,21 +281,37 @@ def _runner(piece: Piece, name: str, threads: int, shared: _Buffer | None) -> tu
         made = dict(zip(given, _run(session, given, fed, name), strict=True))
         known.clear()  # one at a time: data of ever new shapes must not pile up
         known[shapes] = {k: np.broadcast_to(np.zeros((), v.dtype), v.shape) for k, v in made.items()}
+        if shared is not None:  # all pieces say so before one writes, so the buffer need not grow
+            shared.needed = max(shared.needed, int(_starts(made)[-1]))
         return made
 
     return tuple(_port(i) for i in session.get_inputs()), run
 
 
+@functools.cache
+def _share_arena() -> None:
+    """Register one arena for all sessions of the process that ask for it, unless somebody has."""
+    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    exactly = {"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": -1, "max_dead_bytes_per_chunk": -1}
+    with contextlib.suppress(*_FAILURES, RuntimeError):
+        ort.create_and_register_allocator(info, ort.OrtArenaCfg(exactly))
+
+
 def _views(like: Tensors, shared: _Buffer) -> dict[str, NDArray[np.generic]]:
     """Return an array of the shape and dtype of each in `like`, one behind the other in the buffer."""
-    starts = np.cumsum([0, *(-(-v.size * v.itemsize // _ALIGN) * _ALIGN for v in like.values())])
+    starts = _starts(like)
     if shared.memory.size < starts[-1] + _ALIGN:
-        shared.memory = np.empty(starts[-1] + _ALIGN, np.uint8)
+        shared.memory = np.empty(shared.needed + _ALIGN, np.uint8)
     first = -shared.memory.ctypes.data % _ALIGN
     return {
         k: shared.memory[first + start :][: v.size * v.itemsize].view(v.dtype).reshape(v.shape)
         for (k, v), start in zip(like.items(), starts, strict=False)
     }
+
+
+def _starts(arrays: Tensors) -> NDArray[np.int64]:
+    """Return where each array begins in a buffer that holds all, and where the last ends."""
+    return np.cumsum([0, *(-(-v.size * v.itemsize // _ALIGN) * _ALIGN for v in arrays.values())])
 
 
 def _run_into(

@@ -55,9 +55,11 @@ def calibrate(
     """
     from qcore.calibration import CalibrationOptions, merge_tables, save_table, shard_of
     from qcore.data.dataset import open_dataset
-    from qcore.errors import CalibrationError
+    from qcore.errors import CalibrationError, ModelError
     from qcore.runtime.heap import one_heap
 
+    if not model.exists():
+        raise ModelError(f"model file {model} does not exist; check the path")
     if jobs < 1:
         raise CalibrationError(f"jobs is {jobs}; allowed: 1 or more")
     refuse_overwrite(out, model, data=data)
@@ -174,7 +176,7 @@ def _cut(raw: bytes, plan: Json, shapes: Mapping[str, Sequence[int]], folder: Pa
     pieces = []
     for k, piece in enumerate(cut(raw, plan["names"], shapes)):
         path = folder / f"piece{k}.onnx"
-        path.write_bytes(piece.model)
+        path.write_bytes(piece.model)  # cut gives bytes
         pieces.append({"file": str(path), "reads": piece.reads, "gives": piece.gives})
     return {**plan, "pieces": pieces}
 
@@ -238,10 +240,7 @@ def _activations(plan: Json, what: Counted, progress: Progress) -> "Iterator[tup
         indices=dataset.indices[shard.start : shard.stop],
         labels=None if dataset.labels is None else dataset.labels[shard.start : shard.stop],
     )
-    pieces = (  # read one at a time: the runtime's copy is enough
-        Piece(model=Path(p["file"]).read_bytes(), reads=tuple(p["reads"]), gives=tuple(p["gives"]))
-        for p in plan["pieces"]
-    )
+    pieces = [Piece(model=Path(p["file"]), reads=tuple(p["reads"]), gives=tuple(p["gives"])) for p in plan["pieces"]]
     done = 0
     produced = ort.piece_activations(pieces, plan["names"], batches(part, options.batch), threads=shard.threads)
     for n, tensors in produced:

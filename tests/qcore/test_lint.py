@@ -139,7 +139,7 @@ def test_single_nodes_of_sixteen_bits_where_the_device_has_none():
     options = {"precision": {"depthwise": "int16"}}
     file = written(quantized(conv_net(), "npu-int8-symmetric", **options))
     assert rules(file, "npu-int8-symmetric") == set()
-    assert rules(file, profile("npu-int8-symmetric", int16_activations=False)) == {"activation-dtype"}
+    assert rules(file, profile("npu-int8-symmetric", mixed=())) == {"activation-dtype"}
 
 
 def test_asymmetric_zero_points():

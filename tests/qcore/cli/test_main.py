@@ -155,8 +155,8 @@ def test_compress_asks_for_data_only_where_it_calibrates(files, tmp_path):
     assert [s["method"] for s in json.loads(done.stdout)["steps"]] == ["float16"]
 
 
-def test_a_missing_file(tmp_path):
-    line = complaint(qcore("calibrate", "--model", "no.onnx", "--data", "d.yaml", "--out", tmp_path / "t"), 1)
+def test_a_missing_file(files, tmp_path):
+    line = complaint(qcore("calibrate", "--model", "no.onnx", "--data", files[1], "--out", tmp_path / "t"), 1)
     assert "no.onnx does not exist; check the path" in line
     assert list(tmp_path.iterdir()) == []
 

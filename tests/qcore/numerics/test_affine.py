@@ -1,7 +1,7 @@
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
@@ -30,6 +30,7 @@ def test_error_is_at_most_half_a_step_inside_the_range(x, scheme):
     assert (error <= q.scale * (0.5 if scheme.symmetric else 1.0) * (1 + 1e-5) + 1e-30).all()
 
 
+@settings(deadline=None)  # a session per example
 @given(hnp.arrays(np.float32, st.integers(1, 30), elements=FINITE), st.sampled_from(["uint8", "int8"]))
 def test_arithmetic_is_that_of_onnx(x, dtype):
     q = qparams_from_range(x.min(), x.max(), QScheme(dtype=dtype))

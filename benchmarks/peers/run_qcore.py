@@ -1,0 +1,54 @@
+"""qcore itself, through its command line, in the environment that runs the benchmark.
+
+It reads the data card rather than the prepared samples: preparing them is part of what `qcore compress` does.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from protocol import Job, NotOffered, serve
+
+import qcore
+
+TARGETS = {
+    ("per-tensor", "int8", True): "npu-int8-symmetric",
+    ("per-channel", "int8", False): "arm-dotprod",
+    ("per-channel", "uint8", False): "x86-vnni",
+}
+FOUR_BITS = {
+    "name": "w4",
+    "steps": [
+        {"method": "fold-batchnorm"},
+        {"method": "gemm-head"},
+        {"method": "quantize", "ranges": "percentile", "percentile": 99.999, "weight_bits": 4},
+    ],
+}
+
+
+def quantize(job: Job) -> None:
+    """Run `qcore compress`; a refusal of the command line is the reason in the table."""
+    from qcore.cli.main import main
+
+    key = tuple(job.options[k] for k in ("weights", "activations", "symmetric"))
+    if key not in TARGETS:
+        raise NotOffered(f"no shipped target has {key}")
+    recipe = "auto" if "auto" in job.options["recovery"] else "int8"
+    if job.options["weight_bits"] == 4:
+        if recipe == "auto":
+            raise NotOffered("recipe auto chooses its own bits")
+        path = job.output.with_name("w4.yaml")
+        path.write_text(json.dumps(FOUR_BITS))  # JSON is YAML
+        recipe = str(path)
+    data = json.loads(Path(sys.argv[1]).read_text())["data"]
+    options = {"--model": job.model, "--data": data, "--out": job.output, "--recipe": recipe, "--target": TARGETS[key]}
+    sys.argv = ["qcore", "compress", *(str(part) for pair in options.items() for part in pair)]
+    try:
+        main()
+    except SystemExit as e:
+        if e.code not in (0, None):
+            raise
+
+
+if __name__ == "__main__":
+    serve(quantize, f"kfp-qcore {qcore.__version__}")
