@@ -270,10 +270,13 @@ def _runner(piece: Piece, name: str, threads: int, shared: _Buffer | None) -> tu
     _share_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
     session = _session(piece.model, name, options)
-    given = [o.name for o in session.get_outputs() if o.name in piece.gives]
+    # Sequences and optionals have no array; a graph that has any is one piece, so no later piece reads them.
+    given = [o.name for o in session.get_outputs() if o.name in piece.gives and o.type.startswith("tensor")]
     known: dict[tuple[tuple[int, ...], ...], dict[str, NDArray[np.generic]]] = {}
 
     def run(live: Tensors) -> dict[str, NDArray[np.generic]]:
+        if not given:  # asked for nothing, the runtime would give all outputs
+            return {}
         fed = {k: live[k] for k in piece.reads}
         shapes = tuple(v.shape for v in fed.values())
         if shared is not None and shapes in known:
