@@ -17,6 +17,7 @@ from qcore.graph.grid import LAYERS, GridNode, grid_nodes, matrix_of, replace_la
 from qcore.graph.rewrite import Rewrite
 from qcore.graph.traverse import constant_array, ints_attribute, node_name
 from qcore.numerics.refine import GridLayer, LayerMoments, MomentSums
+from qcore.numerics.shrinkage import MOST_INPUTS
 from qcore.numerics.windows import Window, windows_at
 from qcore.runtime.nodewise import Walk, expose, inputs_of, start_walk
 from qcore.runtime.ort import encoded, load_unfused
@@ -96,10 +97,14 @@ def _wanted(
 
 def _moments(walk: Walk, layer: GridNode, wanted: Sequence[_Wanted], shape: tuple[int, ...]) -> LayerMoments:
     groups, outputs, inputs = shape
-    sums = MomentSums(groups, outputs, inputs)
+    sums, seen = MomentSums(groups, outputs, inputs), 0
     for x, w in zip(inputs_of(walk, layer.node.name or ""), wanted, strict=True):
+        rows = _rows(layer, np.asarray(x, np.float32), w)
         y = w.y.reshape(-1, groups, outputs).transpose(1, 0, 2)
-        sums.add(_rows(layer, np.asarray(x, np.float32), w), np.ascontiguousarray(y))
+        # The rows of a sample lie together. Two halves need twice the memory: not for layers that ask for none.
+        sample = seen + np.arange(rows.shape[1]) * len(x) // rows.shape[1]
+        sums.add(rows, np.ascontiguousarray(y), sample if inputs <= MOST_INPUTS else None)
+        seen += len(x)
     return sums.moments(centred=layer.bias is not None)
 
 

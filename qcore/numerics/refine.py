@@ -24,6 +24,7 @@ class LayerMoments:
 
     `mean_in` (groups, inputs), `mean_out` and `variance_out` (groups, outputs); `covariance` (groups, inputs, inputs)
     of x with itself and `cross` (groups, outputs, inputs) of y with x. Inputs are input channels times taps.
+    `halves` are the same of every other sample each, to learn on one and judge on the other; None where there are none.
     """
 
     mean_in: Array
@@ -31,6 +32,7 @@ class LayerMoments:
     variance_out: Array
     covariance: Array
     cross: Array
+    halves: "tuple[LayerMoments, LayerMoments] | None" = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,25 +57,24 @@ class MomentSums:
     """
 
     def __init__(self, groups: int, outputs: int, inputs: int) -> None:
-        self._count = 0
         self._origin: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
-        self._x = np.zeros((groups, inputs))
-        self._y = np.zeros((groups, outputs))
-        self._yy = np.zeros((groups, outputs))
-        self._xx = np.zeros((groups, inputs, inputs))
-        self._yx = np.zeros((groups, outputs, inputs))
+        self._halves = (_Sums.zero(groups, outputs, inputs), _Sums.zero(groups, outputs, inputs))
 
-    def add(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
-        """Add rows: `x` (groups, rows, inputs) and `y` (groups, rows, outputs)."""
+    def add(self, x: NDArray[np.float32], y: NDArray[np.float32], sample: NDArray[np.int64] | None = None) -> None:
+        """Add rows: `x` (groups, rows, inputs), `y` (groups, rows, outputs), and which `sample` (rows,) each is of.
+
+        Without `sample` there will be no halves.
+        """
         if self._origin is None:
             self._origin = (_means(x), _means(y))
         x, y = x - self._origin[0], y - self._origin[1]
-        self._count += x.shape[1]
-        self._x += x.sum(axis=1, dtype=np.float64)
-        self._y += y.sum(axis=1, dtype=np.float64)
-        self._yy += np.square(y, dtype=np.float64).sum(axis=1)
-        self._xx += np.swapaxes(x, 1, 2) @ x
-        self._yx += np.swapaxes(y, 1, 2) @ x
+        if sample is None:
+            self._halves[0].add(x, y)
+            return
+        for parity, half in enumerate(self._halves):
+            chosen = sample % 2 == parity
+            if chosen.any():
+                half.add(x[:, chosen], y[:, chosen])
 
     def moments(self, *, centred: bool = True) -> LayerMoments:
         """Return the moments of all rows so far, at least one.
@@ -82,12 +83,59 @@ class MomentSums:
         must keep the means of its outputs.
         """
         assert self._origin is not None  # noqa: S101 - at least one row
-        n = self._count
-        shift_in, shift_out = self._x / n, self._y / n
-        covariance = self._xx / n - shift_in[:, :, None] * shift_in[:, None, :]
-        cross = self._yx / n - shift_out[:, :, None] * shift_in[:, None, :]
-        variance_out = np.maximum(self._yy / n - shift_out**2, 0.0)
-        mean_in, mean_out = shift_in + self._origin[0][:, 0], shift_out + self._origin[1][:, 0]
+        even, odd = self._halves
+        x, y = (v[:, 0].astype(np.float64) for v in self._origin)
+        halves = (even.moments(x, y, centred), odd.moments(x, y, centred)) if even.count and odd.count else None
+        return replace((even + odd).moments(x, y, centred), halves=halves)
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums over rows of differences from an origin; `xx` and `yx` of products."""
+
+    x: Array
+    y: Array
+    yy: Array
+    xx: Array
+    yx: Array
+    count: int = 0
+
+    @staticmethod
+    def zero(groups: int, outputs: int, inputs: int) -> "_Sums":
+        one, two = np.zeros((groups, outputs)), np.zeros((groups, outputs))
+        return _Sums(
+            x=np.zeros((groups, inputs)),
+            y=one,
+            yy=two,
+            xx=np.zeros((groups, inputs, inputs)),
+            yx=np.zeros((groups, outputs, inputs)),
+        )
+
+    def add(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
+        self.count += x.shape[1]
+        self.x += x.sum(axis=1, dtype=np.float64)
+        self.y += y.sum(axis=1, dtype=np.float64)
+        self.yy += np.square(y, dtype=np.float64).sum(axis=1)
+        self.xx += np.swapaxes(x, 1, 2) @ x
+        self.yx += np.swapaxes(y, 1, 2) @ x
+
+    def __add__(self, other: "_Sums") -> "_Sums":
+        return _Sums(
+            x=self.x + other.x,
+            y=self.y + other.y,
+            yy=self.yy + other.yy,
+            xx=self.xx + other.xx,
+            yx=self.yx + other.yx,
+            count=self.count + other.count,
+        )
+
+    def moments(self, origin_in: Array, origin_out: Array, centred: bool) -> LayerMoments:
+        n = self.count
+        shift_in, shift_out = self.x / n, self.y / n
+        covariance = self.xx / n - shift_in[:, :, None] * shift_in[:, None, :]
+        cross = self.yx / n - shift_out[:, :, None] * shift_in[:, None, :]
+        variance_out = np.maximum(self.yy / n - shift_out**2, 0.0)
+        mean_in, mean_out = shift_in + origin_in, shift_out + origin_out
         if not centred:
             covariance = covariance + mean_in[:, :, None] * mean_in[:, None, :]
             cross = cross + mean_out[:, :, None] * mean_in[:, None, :]
@@ -110,34 +158,13 @@ def corrected_bias(integers: Array, scale: Array, moments: LayerMoments) -> Arra
     return moments.mean_out - ((integers * scale[:, :, None]) @ moments.mean_in[:, :, None])[:, :, 0]
 
 
-def refined_weights(
-    layer: GridLayer, moments: LayerMoments, levels: tuple[int, int], damping: float, pull: float | None
-) -> GridLayer:
-    """Return the layer with integers for which its outputs stay closest to those that are wanted.
-
-    Args:
-        layer: the weights and their grid.
-        moments: of the layer's inputs and wanted outputs.
-        levels: lowest and highest integer.
-        damping: of the second moments, as a share of their mean diagonal.
-        pull: None rounds the wanted weights. A number first moves them to the least-squares answer to the inputs that
-            the layer really gets, held to the wanted weights by a ridge of this share of the mean diagonal.
-    """
-    target = layer.wanted
-    if pull is not None:
-        k = target.shape[2]
-        ridge = (pull * np.trace(moments.covariance, axis1=1, axis2=2) / k + 1e-12)[:, None, None] * np.eye(k)
-        missing = moments.cross - target @ moments.covariance
-        target = target + np.swapaxes(np.linalg.solve(moments.covariance + ridge, np.swapaxes(missing, 1, 2)), 1, 2)
-    return replace(layer, integers=round_second_order(target, moments.covariance, layer.scale, levels, damping))
-
-
-def restored_gain(layer: GridLayer, moments: LayerMoments) -> GridLayer:
+def restored_gain(layer: GridLayer, moments: LayerMoments, share: float = 1.0) -> GridLayer:
     """Return `layer` with scales for which its outputs follow the wanted ones one to one.
 
     Inputs that were quantized before and weights rounded for least squares both make outputs a little smaller. Layer
     after layer that adds up to a signal that has faded. The factor is `var(y) / cov(y, y')`, the one that makes the
-    slope of y' over y 1; it is a bias correction for the second moment.
+    slope of y' over y 1; it is a bias correction for the second moment. It also raises the noise in y': `share` takes
+    that power of the factor, 0 to 1.
     """
     follows = (layer.integers * layer.scale[:, :, None] * moments.cross).sum(axis=2)
     wanted = moments.variance_out
@@ -145,25 +172,31 @@ def restored_gain(layer: GridLayer, moments: LayerMoments) -> GridLayer:
         follows, wanted = follows.sum(keepdims=True), wanted.sum(keepdims=True)
     usable = (follows > 0) & (wanted > 0)
     gain = np.where(usable, wanted / np.where(usable, follows, 1.0), 1.0)
-    return replace(layer, scale=layer.scale * np.clip(gain, 1 / MOST_GAIN, MOST_GAIN))
+    return replace(layer, scale=layer.scale * np.clip(gain, 1 / MOST_GAIN, MOST_GAIN) ** share)
 
 
-def best_scales(tried: Sequence[GridLayer], moments: LayerMoments, shared: bool) -> GridLayer:
-    """Return the layer with the best of several roundings on grids of different scales.
+def best_grid(
+    layer: GridLayer, wanted: Array, metric: Array, tried: Sequence[Array], levels: tuple[int, int]
+) -> GridLayer:
+    """Return `layer` rounded on the grid that leaves the least `tr (W - Q) H (W - Q)'`.
 
     Args:
-        tried: the same layer, rounded on different grids.
-        moments: of its inputs.
-        shared: all outputs have one scale and are chosen together, else each for itself.
+        layer: whose integers and scales are replaced.
+        wanted: W, (groups, outputs, inputs).
+        metric: H, (groups, inputs, inputs), positive definite.
+        tried: scales, each (groups, outputs); all outputs are chosen together where they share one, else each for
+            itself.
+        levels: lowest and highest integer.
     """
-    errors = []
-    for layer in tried:
-        difference = layer.integers * layer.scale[:, :, None] - layer.wanted
-        errors.append(((difference @ moments.covariance) * difference).sum(axis=2))
-    total = np.stack(errors)
-    if shared:
-        return tried[int(total.sum(axis=(1, 2)).argmin())]
-    best = total.argmin(axis=0)
-    integers = np.take_along_axis(np.stack([la.integers for la in tried]), best[None, :, :, None], axis=0)[0]
-    scale = np.take_along_axis(np.stack([la.scale for la in tried]), best[None], axis=0)[0]
-    return replace(tried[0], integers=integers, scale=scale)
+    groups, outputs, inputs = wanted.shape
+    scales = np.stack(tried, axis=1)  # (groups, tried, outputs): all grids are rounded in one go
+    many = np.broadcast_to(wanted[:, None], (groups, len(tried), outputs, inputs)).reshape(groups, -1, inputs)
+    integers = round_second_order(many, metric, scales.reshape(groups, -1), levels)
+    difference = integers * scales.reshape(groups, -1, 1) - many
+    error = ((difference @ metric) * difference).sum(axis=2).reshape(groups, len(tried), outputs)
+    if layer.shared:
+        best = np.full((groups, 1, outputs), error.sum(axis=(0, 2)).argmin())
+    else:
+        best = error.argmin(axis=1)[:, None]
+    chosen = np.take_along_axis(integers.reshape(groups, len(tried), outputs, inputs), best[..., None], axis=1)
+    return replace(layer, integers=chosen[:, 0], scale=np.take_along_axis(scales, best, axis=1)[:, 0])

@@ -14,37 +14,40 @@ from numpy.typing import NDArray
 Matrix = NDArray[np.float64]
 BLOCK = 64
 SWEEPS = 4
+_AT_ONCE = 1 << 22  # weights
+_TINY = 1e-9
 MORE_DAMPING = (1e-3, 1e-1, 10.0)
 
 
-def round_second_order(
-    weights: Matrix, moments: Matrix, scale: Matrix, levels: tuple[int, int], damping: float
-) -> Matrix:
+def round_second_order(weights: Matrix, metric: Matrix, scale: Matrix, levels: tuple[int, int]) -> Matrix:
     """Return integers Q such that `scale * Q` stands for `weights`.
 
     Args:
         weights: (groups, outputs, inputs), what is wanted.
-        moments: (groups, inputs, inputs), second moments of the inputs of each group, symmetric.
+        metric: H, (groups, inputs, inputs), symmetric and positive semidefinite but for rounding.
         scale: (groups, outputs), positive.
         levels: lowest and highest integer.
-        damping: share of the mean diagonal of `moments` that is added to it.
     """
-    groups, _, k = weights.shape
-    h = moments + np.eye(k) * (damping * np.maximum(np.trace(moments, axis1=1, axis2=2), 0) / k + 1e-12)[:, None, None]
-    order = np.argsort(-np.diagonal(h, axis1=1, axis2=2), axis=1, kind="stable")
+    groups, outputs, k = weights.shape
+    size = np.einsum("gii->g", np.abs(metric)) / k
+    metric = metric + (_TINY * size + 1e-12)[:, None, None] * np.eye(k)  # an input that is always zero
+    order = np.argsort(-np.diagonal(metric, axis1=1, axis2=2), axis=1, kind="stable")
     rows = np.arange(groups)[:, None]
-    h = h[rows[:, :, None], order[:, :, None], order[:, None, :]]
-    w = np.take_along_axis(weights, order[:, None, :], axis=2) / scale[:, :, None]
-    q = _descend(w, h, _propagate(w, h, levels), levels)
-    result = np.empty_like(q)
-    np.put_along_axis(result, np.broadcast_to(order[:, None, :], q.shape), q, axis=2)
+    h = metric[rows[:, :, None], order[:, :, None], order[:, None, :]]
+    factor = _inverse_factor(h)
+    result = np.empty(weights.shape)
+    step = max(1, _AT_ONCE // (groups * k))
+    for start in range(0, outputs, step):  # outputs do not touch each other: scratch memory stays bounded
+        part = slice(start, start + step)
+        w = np.take_along_axis(weights[:, part], order[:, None, :], axis=2) / scale[:, part, None]
+        q = _descend(w, h, _propagate(w, factor, levels), levels)
+        np.put_along_axis(result[:, part], np.broadcast_to(order[:, None, :], q.shape), q, axis=2)
     return result
 
 
-def _propagate(w: Matrix, h: Matrix, levels: tuple[int, int]) -> Matrix:
+def _propagate(w: Matrix, factor: Matrix, levels: tuple[int, int]) -> Matrix:
     """Round input by input and let the inputs that follow make up for the error."""
     k = w.shape[2]
-    factor = _inverse_factor(h)
     w, q = w.copy(), np.empty_like(w)
     for start in range(0, k, BLOCK):
         end = min(start + BLOCK, k)

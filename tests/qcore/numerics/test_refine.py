@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from qcore.numerics.refine import (
     GridLayer,
     MomentSums,
-    best_scales,
+    best_grid,
     corrected_bias,
-    refined_weights,
     restored_gain,
 )
 
@@ -56,42 +55,39 @@ def test_the_corrected_bias_restores_the_means(seed):
     np.testing.assert_allclose(made.mean(axis=1), y.mean(axis=1), atol=1e-4)
 
 
-def output_error(x, y, layer, q):
-    made = x @ np.swapaxes(q * layer.scale[:, :, None], 1, 2)
-    made = made - made.mean(axis=1, keepdims=True)
-    return float(((made - (y - y.mean(axis=1, keepdims=True))) ** 2).sum())
+def test_the_halves_are_the_moments_of_every_other_sample():
+    x, y, _ = rows(9, n=60)
+    sample = np.repeat(np.arange(20), 3)
+    sums = MomentSums(2, 4, 3)
+    sums.add(x[:, :33], y[:, :33], sample[:33])
+    sums.add(x[:, 33:], y[:, 33:], sample[33:])
+    m = sums.moments()
+    assert m.halves is not None
+    for parity, half in enumerate(m.halves):
+        chosen = sample % 2 == parity
+        alone = moments_of(x[:, chosen], y[:, chosen])
+        np.testing.assert_allclose(half.covariance, alone.covariance, atol=1e-5)
+        np.testing.assert_allclose(half.cross, alone.cross, atol=1e-5)
+        np.testing.assert_allclose(half.mean_out, alone.mean_out, atol=1e-5)
+    np.testing.assert_allclose(m.covariance, moments_of(x, y).covariance, atol=1e-5)
 
 
-def test_pulled_weights_answer_to_the_inputs_that_come():
-    """Inputs arrive distorted (x = 0.5 of what the float layer saw): weights twice as large make up for it."""
-    x, y, w = rows(3, groups=1, n=400)
-    seen = (0.5 * x).astype(np.float32)
-    layer = GridLayer(wanted=w, integers=np.rint(w / 0.01), scale=np.full(w.shape[:2], 0.01))
-    m = moments_of(seen, y)
-    held, pulled = (refined_weights(layer, m, (-999, 999), 0.01, pull).integers for pull in (None, 1e-4))
-    np.testing.assert_allclose(held * 0.01, w, atol=0.02)
-    np.testing.assert_allclose(pulled * 0.01, 2 * w, atol=0.05)
-    assert output_error(seen, y, layer, pulled) < 0.01 * output_error(seen, y, layer, held)
-
-
-def test_a_firm_pull_changes_nothing():
-    x, y, w = rows(4, groups=1)
-    layer = GridLayer(wanted=w, integers=np.rint(w / 0.1), scale=np.full(w.shape[:2], 0.1))
-    m = moments_of((0.5 * x).astype(np.float32), y)
-    firm, none = (refined_weights(layer, m, (-99, 99), 0.01, pull).integers for pull in (1e9, None))
-    np.testing.assert_array_equal(firm, none)
+def test_one_sample_has_no_halves():
+    x, y, _ = rows(9)
+    sums = MomentSums(2, 4, 3)
+    sums.add(x, y, np.zeros(x.shape[1], np.int64))
+    assert sums.moments().halves is None
+    assert moments_of(x, y).halves is None
 
 
 def test_what_hardly_varies_around_a_large_mean_keeps_its_covariance():
-    x, y, w = rows(5, groups=1)
+    x, y, _ = rows(5, groups=1)
     far = (x + 3000).astype(np.float32)
     joint = np.cov(far[0].astype(np.float64), rowvar=False, bias=True)
     np.testing.assert_allclose(moments_of(far, y, parts=3).covariance[0], joint, atol=1e-4)
     constant = np.full_like(x, 9.0)
     m = moments_of(constant, y, parts=2)
     np.testing.assert_array_equal(m.covariance, 0)
-    layer = GridLayer(wanted=w, integers=np.rint(w / 0.1), scale=np.full(w.shape[:2], 0.1))
-    assert np.isfinite(refined_weights(layer, m, (-99, 99), 0.01, None).integers).all()
 
 
 def test_without_a_bias_moments_are_about_zero():
@@ -124,23 +120,33 @@ def test_a_shared_scale_stays_shared_and_a_dead_layer_keeps_its_own():
     np.testing.assert_array_equal(restored_gain(dead, moments_of(x, y)).scale, dead.scale)
 
 
+def test_half_a_gain_is_its_root():
+    x, y, w = rows(7, groups=1, n=400)
+    scale = np.abs(w).max(axis=2) / 5
+    faded = GridLayer(wanted=w, integers=np.rint(0.8 * w / scale[:, :, None]), scale=scale)
+    m = moments_of(x, y)
+    whole, half, none = (restored_gain(faded, m, share).scale for share in (1.0, 0.5, 0.0))
+    np.testing.assert_allclose(half**2, whole * none)
+    np.testing.assert_array_equal(none, scale)
+
+
 @settings(deadline=None, max_examples=20)
 @given(seeds, st.booleans())
-def test_the_best_of_several_grids_serves_every_output_best(seed, shared):
+def test_the_best_grid_serves_every_output_best(seed, shared):
     x, y, w = rows(seed)
-    m = moments_of(x, y)
+    metric = moments_of(x, y).covariance + 0.01 * np.eye(3)
     full = np.abs(w).max(axis=2) if not shared else np.full(w.shape[:2], np.abs(w).max())
-    tried = []
-    for factor in (1.0, 0.8, 0.6):
-        layer = GridLayer(wanted=w, integers=0 * w, scale=full / 3 * factor, shared=shared)
-        tried.append(refined_weights(layer, m, (-3, 3), 0.01, None))
+    layer = GridLayer(wanted=w, integers=0 * w, scale=full, shared=shared)
+    scales = [full / 3 * factor for factor in (1.0, 0.8, 0.6)]
 
-    def error(layer):
-        d = layer.integers * layer.scale[:, :, None] - w
-        return np.einsum("goi,gij,goj->go", d, m.covariance, d)
+    def error(made):
+        d = made.integers * made.scale[:, :, None] - w
+        return np.einsum("goi,gij,goj->go", d, metric, d)
 
-    best = best_scales(tried, m, shared)
-    errors = np.stack([error(t) for t in tried])
+    errors = np.stack([error(best_grid(layer, w, metric, [s], (-3, 3))) for s in scales])
+    best = best_grid(layer, w, metric, scales, (-3, 3))
+    np.testing.assert_array_equal(best.integers, np.rint(best.integers))
+    assert np.abs(best.integers).max() <= 3
     if shared:
         assert error(best).sum() == pytest.approx(errors.sum(axis=(1, 2)).min())
         assert np.ptp(best.scale) == 0
