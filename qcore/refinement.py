@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from qcore.graph.edit import editable_copy
 from qcore.graph.grid import LAYERS, GridNode, grid_nodes, matrix_of, replace_layer, scale_of
 from qcore.graph.rewrite import Rewrite
-from qcore.graph.traverse import constant_array, ints_attribute, node_name
+from qcore.graph.traverse import auto_pad, constant_array, ints_attribute, node_name
 from qcore.numerics.refine import GridLayer, LayerMoments, MomentSums
-from qcore.numerics.windows import Window, windows_at
+from qcore.numerics.windows import Window, same_pads, windows_at
 from qcore.runtime.nodewise import Walk, expose, inputs_of, start_walk
 from qcore.runtime.ort import encoded, load_unfused
 
@@ -86,7 +86,7 @@ def _wanted(
             if layers[name].op_type != "Conv":
                 wanted[name].append(_Wanted(y=np.array(y.reshape(-1, y.shape[-1])), rows=None, columns=None))
                 continue
-            n, channels, height, width = y.shape
+            n, channels, height, width = _planes(y).shape
             rng = np.random.default_rng([zlib.crc32(name.encode()), k])
             chosen = np.stack([rng.permutation(height * width)[:positions] for _ in range(n)])
             picked = np.take_along_axis(y.reshape(n, channels, -1), chosen[:, None, :], axis=2).transpose(0, 2, 1)
@@ -107,15 +107,34 @@ def _rows(layer: GridNode, x: NDArray[np.float32], wanted: _Wanted) -> NDArray[n
     """Return what each sampled output sees, (groups, rows, inputs)."""
     if wanted.rows is None or wanted.columns is None:
         return x.reshape(1, -1, x.shape[-1])
-    kernel = constant_array(layer.weight)
-    assert kernel is not None  # noqa: S101 - an initializer
-    top, left, bottom, right = ints_attribute(layer.node, "pads") or (0, 0, 0, 0)
-    strides = ints_attribute(layer.node, "strides") or (1, 1)
-    dilations = ints_attribute(layer.node, "dilations") or (1, 1)
-    window = Window(
-        kernel=(kernel.shape[2], kernel.shape[3]),
-        strides=(strides[0], strides[1]),
-        pads=(top, left, bottom, right),
-        dilations=(dilations[0], dilations[1]),
-    )
-    return windows_at(x, window, wanted.rows, wanted.columns, layer.groups)
+    x = _planes(x)
+    return windows_at(x, _window(layer, (x.shape[2], x.shape[3])), wanted.rows, wanted.columns, layer.groups)
+
+
+def _planes(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return (samples, channels, height, width); a signal in one dimension is a plane of height 1."""
+    return x if x.ndim == 4 else x[:, :, None, :]
+
+
+def _window(layer: GridNode, size: tuple[int, int]) -> Window:
+    """Return how the convolution `layer` looks at an input of height and width `size`."""
+    weight = constant_array(layer.weight)
+    assert weight is not None  # noqa: S101 - an initializer
+    flat = weight.ndim == 3
+    kernel = (1, weight.shape[2]) if flat else (weight.shape[2], weight.shape[3])
+    strides, dilations = (_pair(ints_attribute(layer.node, name)) for name in ("strides", "dilations"))
+    mode = auto_pad(layer.node)
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        (top, bottom), (left, right) = (
+            same_pads(*axis, upper=mode == "SAME_UPPER") for axis in zip(size, kernel, strides, dilations, strict=True)
+        )
+    else:
+        pads = ints_attribute(layer.node, "pads") if mode == "NOTSET" else ()
+        top, left, bottom, right = (0, pads[0], 0, pads[1]) if flat and pads else pads or (0, 0, 0, 0)
+    return Window(kernel=kernel, strides=strides, pads=(top, left, bottom, right), dilations=dilations)
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    """Return what a convolution says of its axes as (vertical, horizontal); it may say nothing, or have one axis."""
+    vertical, horizontal = (1, 1, *values)[-2:]
+    return vertical, horizontal

@@ -69,8 +69,8 @@ def _refusal(node: ir.Node, reference: ir.Node) -> str | None:
     weight, wanted = _stored_behind(node, 1), constant_array(reference.inputs[1])
     if weight is None or wanted is None or weight.shape is None or tuple(weight.shape) != wanted.shape:
         return "its weights are not integers"
-    if node.op_type == "Conv" and (wanted.ndim != 4 or node.attributes.get("auto_pad") is not None):
-        return "it is not a convolution in two dimensions with explicit pads"
+    if node.op_type == "Conv" and wanted.ndim not in (3, 4):
+        return "it is not a convolution in one or two dimensions"
     if node.op_type == "MatMul" and wanted.ndim != 2:
         return "it multiplies a stack of matrices"
     if node.op_type == "Gemm" and (float_attribute(node, "alpha", 1.0) != 1.0 or int_attribute(node, "transA", 0)):
