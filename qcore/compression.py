@@ -13,7 +13,7 @@ from qcore.errors import ConfigError
 from qcore.graph.fold import fold_batchnorm
 from qcore.graph.head import conv_head_to_gemm
 from qcore.graph.rewrite import Rewrite, Skipped
-from qcore.methods.correct_bias import CorrectBiasStep, correct_bias, correct_bias_analytically
+from qcore.methods.correct_bias import CorrectBiasStep, correct_bias, correct_bias_analytically, inputs_of_layers
 from qcore.methods.dynamic import QuantizeDynamicStep, quantize_dynamic
 from qcore.methods.equalize import EqualizeStep, equalize
 from qcore.methods.half import Float16Step, to_float16
@@ -248,7 +248,9 @@ def _mend(
     evidence, quantize_step = _known(run), run.recipe.quantize_step
     assert quantize_step is not None  # noqa: S101 - check_order has looked
     if isinstance(step, CorrectBiasStep) and step.kind == "analytic":
-        rewrite = correct_bias_analytically(model, reference, channel_statistics(reference, evidence))
+        maps = channel_statistics(reference, evidence, dict.fromkeys(inputs_of_layers(reference, "Conv"), 1))
+        rows = channel_statistics(reference, evidence, dict.fromkeys(inputs_of_layers(reference, "Gemm", "MatMul"), -1))
+        rewrite = correct_bias_analytically(model, reference, maps, rows)
     else:
         exact = run.target.power_of_two_scales
         bits = run.target.weight_scheme(0, bits=quantize_step.weight_bits).width

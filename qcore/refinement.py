@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qcore.graph.edit import editable_copy
 from qcore.graph.grid import LAYERS, GridNode, grid_nodes, matrix_of, replace_layer, scale_of
-from qcore.graph.rewrite import Rewrite
+from qcore.graph.rewrite import Rewrite, Skipped
 from qcore.graph.traverse import auto_pad, constant_array, ints_attribute, node_name
 from qcore.numerics.refine import GridLayer, LayerMoments, MomentSums
 from qcore.numerics.windows import Window, same_pads, windows_at
@@ -51,7 +51,7 @@ def refine_layers(
     out = editable_copy(quantized)
     floats = {node_name(n): n for n in editable_copy(reference).graph if n.op_type in LAYERS}
     layers, skipped = grid_nodes(out.graph, floats)
-    wanted = _wanted(reference, {node_name(la.node): floats[node_name(la.node)] for la in layers}, samples, positions)
+    wanted = _wanted(reference, layers, samples, positions)
     proto = ir.serde.serialize_model(out)
     loaded = load_unfused(proto.SerializeToString())
     walk = start_walk(proto, [encoded(loaded, batch) for batch in samples])
@@ -68,22 +68,26 @@ def refine_layers(
         refined, bias = refine(grid, _moments(walk, layer, wanted[name], matrix.shape))
         new = replace_layer(layer, refined, bias)
         walk.constants.update(new)
-        changed += [name] if new else []
+        if new:
+            changed.append(name)
+        elif not layer.has_bias:
+            skipped.append(Skipped(node=name, op_type=layer.node.op_type, reason=layer.unbiased))
     return Rewrite(model=out, changed=tuple(changed), skipped=tuple(skipped))
 
 
 def _wanted(
-    reference: ir.Model, layers: Mapping[str, ir.Node], samples: Sequence[Tensors], positions: int
+    reference: ir.Model, layers: Sequence[GridNode], samples: Sequence[Tensors], positions: int
 ) -> dict[str, list[_Wanted]]:
     """Return the float outputs of every layer at sampled positions, batch by batch."""
-    outputs = {name: str(node.outputs[0].name) for name, node in layers.items()}
+    outputs = {node_name(la.node): str(la.wanted.name) for la in layers}
+    convolutions = {node_name(la.node) for la in layers if la.node.op_type == "Conv"}
     predict = expose(reference, tuple(outputs.values()))
-    wanted: dict[str, list[_Wanted]] = {name: [] for name in layers}
+    wanted: dict[str, list[_Wanted]] = {name: [] for name in outputs}
     for k, batch in enumerate(samples):
         made = predict(batch)
         for name, output in outputs.items():
             y = made[output].astype(np.float32, copy=False)
-            if layers[name].op_type != "Conv":
+            if name not in convolutions:
                 wanted[name].append(_Wanted(y=np.array(y.reshape(-1, y.shape[-1])), rows=None, columns=None))
                 continue
             n, channels, height, width = _planes(y).shape
@@ -100,7 +104,7 @@ def _moments(walk: Walk, layer: GridNode, wanted: Sequence[_Wanted], shape: tupl
     for x, w in zip(inputs_of(walk, layer.node.name or ""), wanted, strict=True):
         y = w.y.reshape(-1, groups, outputs).transpose(1, 0, 2)
         sums.add(_rows(layer, np.asarray(x, np.float32), w), np.ascontiguousarray(y))
-    return sums.moments(centred=layer.bias is not None)
+    return sums.moments(centred=layer.has_bias)
 
 
 def _rows(layer: GridNode, x: NDArray[np.float32], wanted: _Wanted) -> NDArray[np.float32]:
