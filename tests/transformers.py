@@ -68,6 +68,24 @@ def exported_encoder(seed: int = 0, shape: EncoderShape | None = None) -> onnx.M
     return _encoder(seed, shape or EncoderShape(), exported=True, opset=17)
 
 
+def with_outliers(proto: onnx.ModelProto, factor: float = 100.0) -> onnx.ModelProto:
+    """Return an encoder of the same function in which two channels behind each norm are `factor` times as large.
+
+    What reads them is divided by as much, as in trained transformers, where outlier channels do not drown the others.
+    """
+    result = onnx.ModelProto.FromString(proto.SerializeToString())
+    for tensor in result.graph.initializer:
+        name, array = tensor.name, numpy_helper.to_array(tensor).copy()
+        if name.endswith((".gamma", ".beta")):
+            array[[1, 6]] *= factor
+        elif name.endswith((".q.weight", ".k.weight", ".v.weight", ".up.weight")):
+            array[[1, 6]] /= factor
+        elif name == "head.weight":
+            array[:, [1, 6]] /= factor
+        tensor.CopyFrom(numpy_helper.from_array(array, name))
+    return result
+
+
 def encoder_input(shape: EncoderShape | None = None, *, n: int = 4, seed: int = 1) -> NDArray:
     """Return a seeded input for an encoder of `shape`: (n, sequence, width) float32 or (n, sequence) int64."""
     s = shape or EncoderShape()

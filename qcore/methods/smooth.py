@@ -1,8 +1,9 @@
 """SmoothQuant: the outlier channels of activations move into the weights that read them; the function stays the same.
 
 Per input channel j, `X W = (X / s) (s W)` with `s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`. The division goes into
-what makes X, where that is a LayerNormalization, a Mul or Add with a constant, or a linear layer; else a Mul is
-inserted. Activation maxima arrive as an argument: nothing here runs the model.
+what makes X, where that is a LayerNormalization, a Mul or Add with a constant, or a linear layer. Else a Mul may be
+inserted, which helps only where nothing rounds X in front of it (dynamic quantization, weights alone). Activation
+maxima arrive as an argument: nothing here runs the model.
 
 Source: Xiao et al. 2022 (arXiv 2211.10438) eq. 3 and 4.
 """
@@ -14,28 +15,40 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import ShapeInferencePass
 from pydantic import Field
 
 from qcore.config import Config
 from qcore.errors import CalibrationError, ModelError
 from qcore.graph.edit import add_initializer, drop_unused_initializers, editable_copy, fresh_name
 from qcore.graph.rewrite import Rewrite, Skipped
-from qcore.graph.traverse import constant_array, float_attribute, int_attribute, node_name, only_consumer
+from qcore.graph.traverse import (
+    constant_array,
+    float_attribute,
+    int_attribute,
+    ints_attribute,
+    node_name,
+    only_consumer,
+)
 
 Float = NDArray[np.floating]
 _Edit = tuple[ir.Node, int, Float]  # this input of this node becomes this constant
 
+_ALONG = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum", "Gather", "Identity", "Dropout")
 _SMALLEST = 1e-5  # a channel that is almost never used is not blown up by more than this
 
 
 class SmoothStep(Config):
-    """Options of the recipe step `smooth`: `alpha` is how much of the difficulty goes to the weights, `exclude` names
-    nodes whose inputs are left alone.
-    """  # noqa: D205 - two options, one sentence
+    """Options of the recipe step `smooth`.
+
+    `alpha` is how much of the difficulty goes to the weights, `exclude` names nodes whose inputs are left alone, and
+    `insert` puts a Mul in front of layers where nothing can hold the division.
+    """
 
     method: Literal["smooth"] = "smooth"
     alpha: float = Field(default=0.5, ge=0, le=1)
     exclude: tuple[str, ...] = ()
+    insert: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,19 +72,18 @@ def smooth(model: ir.Model, channel_max: Mapping[str, NDArray[np.floating]], ste
     Args:
         model: float model.
         channel_max: by tensor name, the largest |x| seen per channel, (channels,), over all but the last axis.
-        step: alpha and exclusions.
+        step: options.
 
     Raises:
-        ModelError: no MatMul or Gemm has constant weights, or `exclude` names no node.
+        ModelError: `exclude` names no node.
         CalibrationError: the maxima of a tensor have another shape than its channels, or are not finite.
     """
-    out = editable_copy(model)
+    described = {v.name for node in model.graph for v in node.outputs if v.shape is not None}
+    out = editable_copy(ShapeInferencePass()(model.clone()).model)
     missing = set(step.exclude) - {node_name(n) for n in out.graph}
     if missing:
         raise ModelError(f"exclude names node {min(missing)!r}, which does not exist; names are those of the file")
     groups, skipped = _groups(out.graph, step)
-    if not groups:
-        raise ModelError("nothing can be smoothed: no MatMul or Gemm has float32 constant weights")
     changed: list[str] = []
     for group in groups:
         name = str(group.source.name)
@@ -79,11 +91,17 @@ def smooth(model: ir.Model, channel_max: Mapping[str, NDArray[np.floating]], ste
             skipped += [_skip(n, f"no channel maxima of {name}") for n in group.readers]
             continue
         s = _scales(group, np.asarray(channel_max[name], np.float64), step.alpha)
-        _divide(out.graph, group, s)
+        reason = _divide(out.graph, group, s, step.insert)
+        if reason is not None:
+            skipped += [_skip(n, reason) for n in group.readers]
+            continue
         for node in group.readers:
             _scale_weights(out.graph, node, s)
             changed.append(node_name(node))
     drop_unused_initializers(out.graph)
+    for value in [o for node in out.graph for o in node.outputs]:
+        if value.name not in described and not value.is_graph_output():
+            value.type = value.shape = None  # inferred here; in the file it would only take room
     return Rewrite(model=out, changed=tuple(changed), skipped=tuple(skipped))
 
 
@@ -160,8 +178,8 @@ def _scale_weights(graph: ir.Graph, node: ir.Node, s: NDArray[np.float64]) -> No
     node.replace_input_with(1, add_initializer(graph, f"{name}_smoothed", scaled.astype(np.float32)))
 
 
-def _divide(graph: ir.Graph, group: _Group, s: NDArray[np.float64]) -> None:
-    """Divide the activation by `s`, in what makes it if only the group reads it, else by a Mul for the group."""
+def _divide(graph: ir.Graph, group: _Group, s: NDArray[np.float64], insert: bool) -> str | None:
+    """Divide the activation by `s`, in what makes it or by a Mul for the group, or return why that is not done."""
     value = group.source
     alone = not value.is_graph_output() and {n for n, _ in value.uses()} <= set(group.readers)
     edits = _absorbed(value, 1 / s) if alone else None
@@ -170,7 +188,9 @@ def _divide(graph: ir.Graph, group: _Group, s: NDArray[np.float64]) -> None:
             old = node.inputs[index]
             name = old.name if old is not None else node_name(node)
             node.replace_input_with(index, add_initializer(graph, f"{name}_smoothed", array.astype(np.float32)))
-        return
+        return None
+    if not insert:
+        return f"what makes {value.name} cannot be scaled" if alone else f"more than layers read {value.name}"
     factor = add_initializer(graph, f"{value.name}_smoothing", (1 / s).astype(np.float32))
     mul = ir.node("Mul", [value, factor], name=fresh_name(graph, f"{value.name}_smooth"))
     mul.outputs[0].name = fresh_name(graph, f"{value.name}_smoothed")
@@ -178,6 +198,7 @@ def _divide(graph: ir.Graph, group: _Group, s: NDArray[np.float64]) -> None:
     graph.insert_before(group.readers[0], mul)
     for node in group.readers:
         node.replace_input_with(0, mul.outputs[0])
+    return None
 
 
 def _absorbed(value: ir.Value, factor: NDArray[np.float64]) -> list[_Edit] | None:
@@ -192,7 +213,7 @@ def _absorbed(value: ir.Value, factor: NDArray[np.float64]) -> list[_Edit] | Non
             return _into_either(node, factor)
         case "Add" | "Sub":
             return _into_sum(node, factor)
-        case "Relu":  # relu(c x) = c relu(x) for c > 0
+        case op if op == "Relu" or (op in _ALONG and _keeps_last(node)):  # f(c x) = c f(x) for c > 0
             return _absorbed_before(node.inputs[0], factor)
         case "MatMul" | "Gemm":
             return _into_linear(node, factor)
@@ -202,6 +223,19 @@ def _absorbed(value: ir.Value, factor: NDArray[np.float64]) -> list[_Edit] | Non
 
 def _absorbed_before(value: ir.Value | None, factor: NDArray[np.float64]) -> list[_Edit] | None:
     return None if value is None or only_consumer(value) is None else _absorbed(value, factor)
+
+
+def _keeps_last(node: ir.Node) -> bool:
+    """Say whether `node` works on each channel of the last axis by itself, as pooling a sequence or taking one row."""
+    if node.op_type in ("Identity", "Dropout"):
+        return True
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    if node.op_type == "Gather":
+        axes: tuple[int, ...] = (int_attribute(node, "axis", 0),)
+    else:
+        given = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
+        axes = ints_attribute(node, "axes") if given is None else tuple(int(a) for a in given)
+    return shape is not None and bool(axes) and all(a % len(shape) != len(shape) - 1 for a in axes)
 
 
 def _scaled(value: ir.Value | None, factor: NDArray[np.float64]) -> Float | None:
