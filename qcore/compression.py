@@ -14,6 +14,7 @@ from qcore.errors import ConfigError
 from qcore.graph.fold import fold_batchnorm
 from qcore.graph.head import conv_head_to_gemm
 from qcore.graph.rewrite import Rewrite, Skipped
+from qcore.methods.absorb_bias import AbsorbBiasStep, absorb_bias, activations_to_absorb
 from qcore.methods.correct_bias import CorrectBiasStep, correct_bias, correct_bias_analytically, inputs_of_layers
 from qcore.methods.dynamic import QuantizeDynamicStep, quantize_dynamic
 from qcore.methods.equalize import EqualizeStep, equalize
@@ -48,6 +49,7 @@ Step = Annotated[
     | PruneStep
     | EqualizeStep
     | SmoothStep
+    | AbsorbBiasStep
     | QuantizeStep
     | CorrectBiasStep
     | RoundWeightsStep
@@ -56,7 +58,7 @@ Step = Annotated[
     | Float16Step,
     Field(discriminator="method"),
 ]
-BEFORE = EqualizeStep | SmoothStep
+BEFORE = EqualizeStep | SmoothStep | AbsorbBiasStep
 """Recovery steps that prepare a float model for `quantize`."""
 AFTER = CorrectBiasStep | RoundWeightsStep
 """Recovery steps that mend a model behind `quantize`."""
@@ -180,7 +182,7 @@ def compress(model: ir.Model, recipe: Recipe, target: TargetProfile, evidence: E
     applied, reference = [], model
     for step in recipe.steps:
         match step:
-            case EqualizeStep() | SmoothStep():
+            case EqualizeStep() | SmoothStep() | AbsorbBiasStep():
                 model, done = _prepare(run, model, step)
             case QuantizeStep():
                 reference, rewrite = model, _quantized(run, model)
@@ -242,7 +244,9 @@ def _distance(run: _Run, model: ir.Model) -> float:
     return run.distances[id(model)][1]
 
 
-def _prepare(run: _Run, model: ir.Model, step: EqualizeStep | SmoothStep) -> tuple[ir.Model, AppliedStep]:
+def _prepare(
+    run: _Run, model: ir.Model, step: EqualizeStep | SmoothStep | AbsorbBiasStep
+) -> tuple[ir.Model, AppliedStep]:
     evidence = _known(run)
     match step:
         case EqualizeStep():
@@ -250,6 +254,8 @@ def _prepare(run: _Run, model: ir.Model, step: EqualizeStep | SmoothStep) -> tup
         case SmoothStep():
             stats = channel_statistics(model, evidence, dict.fromkeys(tensors_to_smooth(model), -1))
             rewrite = smooth(model, {k: np.maximum(-v.low, v.high) for k, v in stats.items()}, step)
+        case AbsorbBiasStep():
+            rewrite = absorb_bias(model, step, channel_statistics(model, evidence, activations_to_absorb(model)))
         case _:
             assert_never(step)
     before, after = (_distance(run, _quantized(run, m).model) for m in (model, rewrite.model))

@@ -212,6 +212,7 @@ def steps_of(*methods):
         (("round-weights",), "step round-weights mends a quantized model; put it behind quantize"),
         (("fold-batchnorm", "equalize"), "step equalize prepares for quantize, which is missing; add it"),
         (("smooth", "quantize-dynamic"), "step smooth prepares for quantize, which is missing; add it"),
+        (("absorb-bias",), "step absorb-bias prepares for quantize, which is missing; add it"),
         (
             ({"method": "quantize", "form": "qoperator"}, "correct-bias"),
             "step correct-bias mends QDQ models; allowed: form: qdq",
