@@ -15,7 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderShape:
-    """Sizes of an encoder; `vocabulary` None means that the input is (N, sequence, width) float, else int64 ids."""
+    """Sizes of an encoder; `vocabulary` None means that the input is (N, sequence, width) float, else int64 ids.
+
+    `post_norm` normalizes behind the residual sums, as BERT does: what a norm gives is also the next sum's.
+    """
 
     layers: int = 1
     width: int = 16
@@ -24,6 +27,7 @@ class EncoderShape:
     classes: int = 5
     sequence: int | str = 6
     vocabulary: int | None = None
+    post_norm: bool = False
 
 
 @dataclass
@@ -104,7 +108,8 @@ def _encoder(seed: int, s: EncoderShape, *, exported: bool, opset: int) -> onnx.
         x = g.op("Gather", [g.constant("embedding.weight", table), "x"], "embedding")
     for k in range(s.layers):
         x = _block(g, x, s, f"layer{k}", exported)
-    x = _norm(g, x, s.width, "final_norm", exported)
+    if not s.post_norm:
+        x = _norm(g, x, s.width, "final_norm", exported)
     if opset < 18:
         x = g.op("ReduceMean", [x], "pool", axes=[1], keepdims=0)
     else:
@@ -126,6 +131,12 @@ def _encoder(seed: int, s: EncoderShape, *, exported: bool, opset: int) -> onnx.
 
 
 def _block(g: _Graph, x: str, s: EncoderShape, name: str, exported: bool) -> str:
+    if s.post_norm:
+        x = g.op("Add", [x, _attention(g, x, s, f"{name}.attention")], f"{name}.residual1")
+        x = _norm(g, x, s.width, f"{name}.norm1", exported)
+        h = _gelu(g, g.linear(x, s.width, s.hidden, f"{name}.up"), f"{name}.gelu", exported)
+        x = g.op("Add", [x, g.linear(h, s.hidden, s.width, f"{name}.down")], f"{name}.residual2")
+        return _norm(g, x, s.width, f"{name}.norm2", exported)
     normed = _norm(g, x, s.width, f"{name}.norm1", exported)
     x = g.op("Add", [x, _attention(g, normed, s, f"{name}.attention")], f"{name}.residual1")
     h = g.linear(_norm(g, x, s.width, f"{name}.norm2", exported), s.width, s.hidden, f"{name}.up")

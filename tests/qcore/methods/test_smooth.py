@@ -183,3 +183,23 @@ def test_without_insert_what_nothing_can_hold_is_named():
         ("one", "what makes x cannot be scaled"),
         ("two", "more than layers read r"),
     ]
+
+
+@pytest.mark.parametrize(("build", "nodes"), [(encoder, 1), (exported_encoder, 2)])
+@pytest.mark.parametrize("copy", [True, False])
+def test_layers_get_a_copy_of_a_norm_that_the_next_sum_reads_too(build, nodes, copy):
+    shape = EncoderShape(layers=2, width=32, heads=4, hidden=64, post_norm=True)
+    proto, x = build(0, shape), encoder_input(shape, n=8)
+    model = ir.serde.deserialize_model(proto)
+    result = smooth(model, measured(model, x), SmoothStep(copy_norms=copy))
+    raw, reference = serialize_model(result.model), run(proto.SerializeToString(), x)[0]
+    parse_model(raw, "result")
+    np.testing.assert_allclose(run(raw, x)[0], reference, atol=1e-5 * np.abs(reference).max())
+    added = len(list(result.model.graph)) - len(proto.graph.node)
+    shared = {"layer0.up", "layer1.attention.q", "layer1.attention.k", "layer1.attention.v", "layer1.up"}
+    if copy:
+        assert added == 3 * nodes  # one copy of each norm but the last, whose readers are alone
+        assert shared <= set(result.changed)
+    else:
+        assert added == 0
+        assert shared <= {s.node for s in result.skipped if s.reason.startswith("more than layers read layer")}
