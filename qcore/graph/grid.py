@@ -108,7 +108,7 @@ def _layer(graph: ir.Graph, node: ir.Node, reference: ir.Node) -> GridNode:
     scale = np.asarray(constant_array(dequantize.inputs[1]), np.float32)
     zero = constant_array(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else None
     bias, bias_scale = _bias(graph, node, scale)
-    added, unbiased = _added(node, reference) if node.op_type == "MatMul" else (None, "its bias is not a constant")
+    added, unbiased = _added(node, reference) if node.op_type == "MatMul" else (None, "it has no constant bias")
     if added is not None:
         own_constant(graph, added.node, added.index)
     return GridNode(
