@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, assert_never
 
+import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
@@ -13,13 +14,15 @@ from qcore.errors import ConfigError
 from qcore.graph.fold import fold_batchnorm
 from qcore.graph.head import conv_head_to_gemm
 from qcore.graph.rewrite import Rewrite, Skipped
-from qcore.methods.correct_bias import CorrectBiasStep, correct_bias, correct_bias_analytically
+from qcore.methods.absorb_bias import AbsorbBiasStep, absorb_bias, activations_to_absorb
+from qcore.methods.correct_bias import CorrectBiasStep, correct_bias, correct_bias_analytically, inputs_of_layers
 from qcore.methods.dynamic import QuantizeDynamicStep, quantize_dynamic
 from qcore.methods.equalize import EqualizeStep, equalize
 from qcore.methods.half import Float16Step, to_float16
 from qcore.methods.prune import PruneStep, prune
 from qcore.methods.quantize import QuantizeStep, quantize
 from qcore.methods.round_weights import RoundWeightsStep, round_weights
+from qcore.methods.smooth import SmoothStep, smooth, tensors_to_smooth
 from qcore.methods.weights import QuantizeWeightsStep, quantize_weights
 from qcore.recovery import Evidence, channel_statistics, output_distance
 from qcore.refinement import refine_layers
@@ -45,6 +48,8 @@ Step = Annotated[
     | GemmHeadStep
     | PruneStep
     | EqualizeStep
+    | SmoothStep
+    | AbsorbBiasStep
     | QuantizeStep
     | CorrectBiasStep
     | RoundWeightsStep
@@ -53,7 +58,7 @@ Step = Annotated[
     | Float16Step,
     Field(discriminator="method"),
 ]
-BEFORE = EqualizeStep
+BEFORE = EqualizeStep | SmoothStep | AbsorbBiasStep
 """Recovery steps that prepare a float model for `quantize`."""
 AFTER = CorrectBiasStep | RoundWeightsStep
 """Recovery steps that mend a model behind `quantize`."""
@@ -62,8 +67,8 @@ AFTER = CorrectBiasStep | RoundWeightsStep
 class Recipe(Config):
     """Steps in the order in which they are applied; at most one `quantize`, and only recovery follows it.
 
-    Recovery steps (`equalize`, `correct-bias`, `round-weights`) are kept only if the quantized model comes closer to
-    the float one on samples that were held out.
+    Recovery steps (`BEFORE` and `AFTER`) are kept only if the quantized model comes closer to the float one on samples
+    that were held out.
     """
 
     name: str = Field(pattern=r"^[a-z0-9.-]+$")
@@ -124,8 +129,11 @@ def check_order(recipe: Recipe) -> None:
     mends = next((s for s in recipe.steps if isinstance(s, AFTER)), None)
     if mends is not None and recipe.quantize_step is not None and recipe.quantize_step.form != "qdq":
         raise ConfigError(f"recipe {recipe.name}: step {mends.method} mends QDQ models; allowed: form: qdq")
-    if any(isinstance(s, BEFORE) for s in recipe.steps) and not quantized:
-        raise ConfigError(f"recipe {recipe.name}: step equalize prepares for quantize, which is missing; add it")
+    prepares = next((s for s in recipe.steps if isinstance(s, BEFORE)), None)
+    if prepares is not None and not quantized:
+        raise ConfigError(
+            f"recipe {recipe.name}: step {prepares.method} prepares for quantize, which is missing; add it"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +182,7 @@ def compress(model: ir.Model, recipe: Recipe, target: TargetProfile, evidence: E
     applied, reference = [], model
     for step in recipe.steps:
         match step:
-            case EqualizeStep():
+            case EqualizeStep() | SmoothStep() | AbsorbBiasStep():
                 model, done = _prepare(run, model, step)
             case QuantizeStep():
                 reference, rewrite = model, _quantized(run, model)
@@ -236,8 +244,20 @@ def _distance(run: _Run, model: ir.Model) -> float:
     return run.distances[id(model)][1]
 
 
-def _prepare(run: _Run, model: ir.Model, step: EqualizeStep) -> tuple[ir.Model, AppliedStep]:
-    rewrite = equalize(model, step, run.target, channel_statistics(model, _known(run)))
+def _prepare(
+    run: _Run, model: ir.Model, step: EqualizeStep | SmoothStep | AbsorbBiasStep
+) -> tuple[ir.Model, AppliedStep]:
+    evidence = _known(run)
+    match step:
+        case EqualizeStep():
+            rewrite = equalize(model, step, run.target, channel_statistics(model, evidence))
+        case SmoothStep():
+            stats = channel_statistics(model, evidence, dict.fromkeys(tensors_to_smooth(model), -1))
+            rewrite = smooth(model, {k: np.maximum(-v.low, v.high) for k, v in stats.items()}, step)
+        case AbsorbBiasStep():
+            rewrite = absorb_bias(model, step, channel_statistics(model, evidence, activations_to_absorb(model)))
+        case _:
+            assert_never(step)
     before, after = (_distance(run, _quantized(run, m).model) for m in (model, rewrite.model))
     return _better(step.method, (model, before), (rewrite, after))
 
@@ -248,7 +268,9 @@ def _mend(
     evidence, quantize_step = _known(run), run.recipe.quantize_step
     assert quantize_step is not None  # noqa: S101 - check_order has looked
     if isinstance(step, CorrectBiasStep) and step.kind == "analytic":
-        rewrite = correct_bias_analytically(model, reference, channel_statistics(reference, evidence))
+        maps = channel_statistics(reference, evidence, dict.fromkeys(inputs_of_layers(reference, "Conv"), 1))
+        rows = channel_statistics(reference, evidence, dict.fromkeys(inputs_of_layers(reference, "Gemm", "MatMul"), -1))
+        rewrite = correct_bias_analytically(model, reference, maps, rows)
     else:
         exact = run.target.power_of_two_scales
         bits = run.target.weight_scheme(0, bits=quantize_step.weight_bits).width

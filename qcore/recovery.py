@@ -41,15 +41,26 @@ class Evidence:
         return self.fit[: -(-samples // self.batch)]
 
 
-def channel_statistics(model: ir.Model, evidence: Evidence) -> dict[str, ChannelStats]:
-    """Return the statistics of axis 1 of the float activations of `model` that a target may quantize."""
+def channel_statistics(
+    model: ir.Model, evidence: Evidence, axes: Mapping[str, int] | None = None
+) -> dict[str, ChannelStats]:
+    """Return the statistics of the channels of float activations of `model` over the samples to fit, by tensor name.
+
+    Args:
+        model: float model.
+        evidence: calibration data; one batch at a time is in memory.
+        axes: the activations and the axis of their channels: 1 for what convolutions read, -1 for what MatMul
+            multiplies. None for all that a target may quantize, along axis 1.
+    """
     fed = evidence.fit[0].keys() if evidence.fit else ()
-    predict = expose(model, [name for name in tensors_to_calibrate(model) if name not in fed])
+    wanted = tuple(tensors_to_calibrate(model) if axes is None else axes)
+    predict = expose(model, [name for name in wanted if name not in fed])
 
-    def floats(tensors: Tensors) -> dict[str, NDArray[np.floating]]:
-        return {k: v.astype(np.float32, copy=False) for k, v in tensors.items() if v.dtype.kind == "f"}
+    def floats(sample: Tensors) -> dict[str, NDArray[np.floating]]:
+        made = {**sample, **predict(sample)}
+        return {k: made[k].astype(np.float32, copy=False) for k in wanted if k in made and made[k].dtype.kind == "f"}
 
-    return stream_channels(floats({**sample, **predict(sample)}) for sample in evidence.fit)
+    return stream_channels((floats(sample) for sample in evidence.fit), axes)
 
 
 def output_distance(model: ir.Model, reference: ir.Model, evidence: Evidence) -> float:

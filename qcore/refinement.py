@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from qcore.graph.edit import editable_copy
 from qcore.graph.grid import LAYERS, GridNode, grid_nodes, matrix_of, replace_layer, scale_of
-from qcore.graph.rewrite import Rewrite
-from qcore.graph.traverse import constant_array, ints_attribute, node_name
+from qcore.graph.rewrite import Rewrite, Skipped
+from qcore.graph.traverse import auto_pad, constant_array, ints_attribute, node_name
 from qcore.numerics.refine import GridLayer, LayerMoments, MomentSums
 from qcore.numerics.shrinkage import MOST_INPUTS
-from qcore.numerics.windows import Window, windows_at
+from qcore.numerics.windows import Window, same_pads, windows_at
 from qcore.runtime.nodewise import Walk, expose, inputs_of, start_walk
 from qcore.runtime.ort import encoded, load_unfused
 
@@ -52,7 +52,7 @@ def refine_layers(
     out = editable_copy(quantized)
     floats = {node_name(n): n for n in editable_copy(reference).graph if n.op_type in LAYERS}
     layers, skipped = grid_nodes(out.graph, floats)
-    wanted = _wanted(reference, {node_name(la.node): floats[node_name(la.node)] for la in layers}, samples, positions)
+    wanted = _wanted(reference, layers, samples, positions)
     proto = ir.serde.serialize_model(out)
     loaded = load_unfused(proto.SerializeToString())
     walk = start_walk(proto, [encoded(loaded, batch) for batch in samples])
@@ -69,25 +69,29 @@ def refine_layers(
         refined, bias = refine(grid, _moments(walk, layer, wanted[name], matrix.shape))
         new = replace_layer(layer, refined, bias)
         walk.constants.update(new)
-        changed += [name] if new else []
+        if new:
+            changed.append(name)
+        elif not layer.has_bias:
+            skipped.append(Skipped(node=name, op_type=layer.node.op_type, reason=layer.unbiased))
     return Rewrite(model=out, changed=tuple(changed), skipped=tuple(skipped))
 
 
 def _wanted(
-    reference: ir.Model, layers: Mapping[str, ir.Node], samples: Sequence[Tensors], positions: int
+    reference: ir.Model, layers: Sequence[GridNode], samples: Sequence[Tensors], positions: int
 ) -> dict[str, list[_Wanted]]:
     """Return the float outputs of every layer at sampled positions, batch by batch."""
-    outputs = {name: str(node.outputs[0].name) for name, node in layers.items()}
+    outputs = {node_name(la.node): str(la.wanted.name) for la in layers}
+    convolutions = {node_name(la.node) for la in layers if la.node.op_type == "Conv"}
     predict = expose(reference, tuple(outputs.values()))
-    wanted: dict[str, list[_Wanted]] = {name: [] for name in layers}
+    wanted: dict[str, list[_Wanted]] = {name: [] for name in outputs}
     for k, batch in enumerate(samples):
         made = predict(batch)
         for name, output in outputs.items():
             y = made[output].astype(np.float32, copy=False)
-            if layers[name].op_type != "Conv":
+            if name not in convolutions:
                 wanted[name].append(_Wanted(y=np.array(y.reshape(-1, y.shape[-1])), rows=None, columns=None))
                 continue
-            n, channels, height, width = y.shape
+            n, channels, height, width = _planes(y).shape
             rng = np.random.default_rng([zlib.crc32(name.encode()), k])
             chosen = np.stack([rng.permutation(height * width)[:positions] for _ in range(n)])
             picked = np.take_along_axis(y.reshape(n, channels, -1), chosen[:, None, :], axis=2).transpose(0, 2, 1)
@@ -105,22 +109,41 @@ def _moments(walk: Walk, layer: GridNode, wanted: Sequence[_Wanted], shape: tupl
         sample = seen + np.arange(rows.shape[1]) * len(x) // rows.shape[1]
         sums.add(rows, np.ascontiguousarray(y), sample if inputs <= MOST_INPUTS else None)
         seen += len(x)
-    return sums.moments(centred=layer.bias is not None)
+    return sums.moments(centred=layer.has_bias)
 
 
 def _rows(layer: GridNode, x: NDArray[np.float32], wanted: _Wanted) -> NDArray[np.float32]:
     """Return what each sampled output sees, (groups, rows, inputs)."""
     if wanted.rows is None or wanted.columns is None:
         return x.reshape(1, -1, x.shape[-1])
-    kernel = constant_array(layer.weight)
-    assert kernel is not None  # noqa: S101 - an initializer
-    top, left, bottom, right = ints_attribute(layer.node, "pads") or (0, 0, 0, 0)
-    strides = ints_attribute(layer.node, "strides") or (1, 1)
-    dilations = ints_attribute(layer.node, "dilations") or (1, 1)
-    window = Window(
-        kernel=(kernel.shape[2], kernel.shape[3]),
-        strides=(strides[0], strides[1]),
-        pads=(top, left, bottom, right),
-        dilations=(dilations[0], dilations[1]),
-    )
-    return windows_at(x, window, wanted.rows, wanted.columns, layer.groups)
+    x = _planes(x)
+    return windows_at(x, _window(layer, (x.shape[2], x.shape[3])), wanted.rows, wanted.columns, layer.groups)
+
+
+def _planes(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return (samples, channels, height, width); a signal in one dimension is a plane of height 1."""
+    return x if x.ndim == 4 else x[:, :, None, :]
+
+
+def _window(layer: GridNode, size: tuple[int, int]) -> Window:
+    """Return how the convolution `layer` looks at an input of height and width `size`."""
+    weight = constant_array(layer.weight)
+    assert weight is not None  # noqa: S101 - an initializer
+    flat = weight.ndim == 3
+    kernel = (1, weight.shape[2]) if flat else (weight.shape[2], weight.shape[3])
+    strides, dilations = (_pair(ints_attribute(layer.node, name)) for name in ("strides", "dilations"))
+    mode = auto_pad(layer.node)
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        (top, bottom), (left, right) = (
+            same_pads(*axis, upper=mode == "SAME_UPPER") for axis in zip(size, kernel, strides, dilations, strict=True)
+        )
+    else:
+        pads = ints_attribute(layer.node, "pads") if mode == "NOTSET" else ()
+        top, left, bottom, right = (0, pads[0], 0, pads[1]) if flat and pads else pads or (0, 0, 0, 0)
+    return Window(kernel=kernel, strides=strides, pads=(top, left, bottom, right), dilations=dilations)
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    """Return what a convolution says of its axes as (vertical, horizontal); it may say nothing, or have one axis."""
+    vertical, horizontal = (1, 1, *values)[-2:]
+    return vertical, horizontal

@@ -15,7 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderShape:
-    """Sizes of an encoder; `vocabulary` None means that the input is (N, sequence, width) float, else int64 ids."""
+    """Sizes of an encoder; `vocabulary` None means that the input is (N, sequence, width) float, else int64 ids.
+
+    `post_norm` normalizes behind the residual sums, as BERT does: what a norm gives is also the next sum's.
+    """
 
     layers: int = 1
     width: int = 16
@@ -24,6 +27,7 @@ class EncoderShape:
     classes: int = 5
     sequence: int | str = 6
     vocabulary: int | None = None
+    post_norm: bool = False
 
 
 @dataclass
@@ -68,6 +72,24 @@ def exported_encoder(seed: int = 0, shape: EncoderShape | None = None) -> onnx.M
     return _encoder(seed, shape or EncoderShape(), exported=True, opset=17)
 
 
+def with_outliers(proto: onnx.ModelProto, factor: float = 100.0) -> onnx.ModelProto:
+    """Return an encoder of the same function in which two channels behind each norm are `factor` times as large.
+
+    What reads them is divided by as much, as in trained transformers, where outlier channels do not drown the others.
+    """
+    result = onnx.ModelProto.FromString(proto.SerializeToString())
+    for tensor in result.graph.initializer:
+        name, array = tensor.name, numpy_helper.to_array(tensor).copy()
+        if name.endswith((".gamma", ".beta")):
+            array[[1, 6]] *= factor
+        elif name.endswith((".q.weight", ".k.weight", ".v.weight", ".up.weight")):
+            array[[1, 6]] /= factor
+        elif name == "head.weight":
+            array[:, [1, 6]] /= factor
+        tensor.CopyFrom(numpy_helper.from_array(array, name))
+    return result
+
+
 def encoder_input(shape: EncoderShape | None = None, *, n: int = 4, seed: int = 1) -> NDArray:
     """Return a seeded input for an encoder of `shape`: (n, sequence, width) float32 or (n, sequence) int64."""
     s = shape or EncoderShape()
@@ -86,7 +108,8 @@ def _encoder(seed: int, s: EncoderShape, *, exported: bool, opset: int) -> onnx.
         x = g.op("Gather", [g.constant("embedding.weight", table), "x"], "embedding")
     for k in range(s.layers):
         x = _block(g, x, s, f"layer{k}", exported)
-    x = _norm(g, x, s.width, "final_norm", exported)
+    if not s.post_norm:
+        x = _norm(g, x, s.width, "final_norm", exported)
     if opset < 18:
         x = g.op("ReduceMean", [x], "pool", axes=[1], keepdims=0)
     else:
@@ -108,6 +131,12 @@ def _encoder(seed: int, s: EncoderShape, *, exported: bool, opset: int) -> onnx.
 
 
 def _block(g: _Graph, x: str, s: EncoderShape, name: str, exported: bool) -> str:
+    if s.post_norm:
+        x = g.op("Add", [x, _attention(g, x, s, f"{name}.attention")], f"{name}.residual1")
+        x = _norm(g, x, s.width, f"{name}.norm1", exported)
+        h = _gelu(g, g.linear(x, s.width, s.hidden, f"{name}.up"), f"{name}.gelu", exported)
+        x = g.op("Add", [x, g.linear(h, s.hidden, s.width, f"{name}.down")], f"{name}.residual2")
+        return _norm(g, x, s.width, f"{name}.norm2", exported)
     normed = _norm(g, x, s.width, f"{name}.norm1", exported)
     x = g.op("Add", [x, _attention(g, normed, s, f"{name}.attention")], f"{name}.residual1")
     h = g.linear(_norm(g, x, s.width, f"{name}.norm2", exported), s.width, s.hidden, f"{name}.up")

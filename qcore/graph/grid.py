@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcore.graph.added_bias import AddedBias, added_bias, own_constant, replace_added_bias
 from qcore.graph.qdq import dequantized_initializer, is_dequantize
 from qcore.graph.rewrite import Skipped
 from qcore.graph.traverse import constant_array, float_attribute, int_attribute, node_name
@@ -20,7 +21,11 @@ _INT32 = np.iinfo(np.int32)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GridNode:
-    """A quantized layer: its node, the initializer of its integers, and that of its bias where it has one."""
+    """A quantized layer: its node, the initializer of its integers, and its bias where it has one.
+
+    The bias is `bias`, an initializer with `bias_scale` (None: it is float), or what the Add behind a MatMul adds,
+    `added`. `unbiased` says why there is neither. `wanted` is the float tensor that the layer with its bias makes.
+    """
 
     node: ir.Node
     weight: ir.Value
@@ -28,6 +33,14 @@ class GridNode:
     zero: int
     bias: ir.Value | None
     bias_scale: NDArray[np.float32] | None
+    added: AddedBias | None
+    unbiased: str
+    wanted: ir.Value
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the means of the outputs can be corrected."""
+        return self.bias is not None or self.added is not None
 
     @property
     def groups(self) -> int:
@@ -59,7 +72,7 @@ def grid_nodes(graph: ir.Graph, floats: Mapping[str, ir.Node]) -> tuple[list[Gri
             continue
         reason = _refusal(node, floats[name])
         if reason is None:
-            layers.append(_layer(graph, node))
+            layers.append(_layer(graph, node, floats[name]))
         else:
             skipped.append(Skipped(node=name, op_type=node.op_type, reason=reason))
     return layers, skipped
@@ -69,8 +82,8 @@ def _refusal(node: ir.Node, reference: ir.Node) -> str | None:
     weight, wanted = _stored_behind(node, 1), constant_array(reference.inputs[1])
     if weight is None or wanted is None or weight.shape is None or tuple(weight.shape) != wanted.shape:
         return "its weights are not integers"
-    if node.op_type == "Conv" and (wanted.ndim != 4 or node.attributes.get("auto_pad") is not None):
-        return "it is not a convolution in two dimensions with explicit pads"
+    if node.op_type == "Conv" and wanted.ndim not in (3, 4):
+        return "it is not a convolution in one or two dimensions"
     if node.op_type == "MatMul" and wanted.ndim != 2:
         return "it multiplies a stack of matrices"
     if node.op_type == "Gemm" and (float_attribute(node, "alpha", 1.0) != 1.0 or int_attribute(node, "transA", 0)):
@@ -87,7 +100,7 @@ def _stored_behind(node: ir.Node, index: int) -> ir.Value | None:
     return source.inputs[0]
 
 
-def _layer(graph: ir.Graph, node: ir.Node) -> GridNode:
+def _layer(graph: ir.Graph, node: ir.Node, reference: ir.Node) -> GridNode:
     weight = _stored_behind(node, 1)
     assert weight is not None and node.inputs[1] is not None  # noqa: S101, PT018 - _refusal has looked
     dequantize = node.inputs[1].producer()
@@ -95,6 +108,9 @@ def _layer(graph: ir.Graph, node: ir.Node) -> GridNode:
     scale = np.asarray(constant_array(dequantize.inputs[1]), np.float32)
     zero = constant_array(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else None
     bias, bias_scale = _bias(graph, node, scale)
+    added, unbiased = _added(node, reference) if node.op_type == "MatMul" else (None, "it has no constant bias")
+    if added is not None:
+        own_constant(graph, added.node, added.index)
     return GridNode(
         node=node,
         weight=weight,
@@ -102,7 +118,36 @@ def _layer(graph: ir.Graph, node: ir.Node) -> GridNode:
         zero=0 if zero is None else int(zero.reshape(-1)[0]),
         bias=bias,
         bias_scale=bias_scale,
+        added=added,
+        unbiased=unbiased,
+        wanted=reference.outputs[0] if added is None else _float_added(reference).node.outputs[0],
     )
+
+
+def _added(node: ir.Node, reference: ir.Node) -> tuple[AddedBias | None, str]:
+    """Return the bias behind a MatMul, if both graphs have it in the same Add, or why it has none."""
+    weight = constant_array(reference.inputs[1])
+    assert weight is not None  # noqa: S101 - _refusal has looked
+    here, there = (added_bias(n, weight.shape[1]) for n in (node, reference))
+    if isinstance(here, str) or isinstance(there, str):
+        return None, there if isinstance(there, str) else str(here)
+    return (here, "") if node_name(here.node) == node_name(there.node) else (None, "the float model adds it elsewhere")
+
+
+def _float_added(reference: ir.Node) -> AddedBias:
+    weight = constant_array(reference.inputs[1])
+    assert weight is not None  # noqa: S101 - _refusal has looked
+    found = added_bias(reference, weight.shape[1])
+    assert not isinstance(found, str)  # noqa: S101 - _added has looked
+    return found
+
+
+def float_bias(layer: GridNode, reference: ir.Node, shape: tuple[int, ...]) -> Array:
+    """Return the bias that the float layer `reference` adds, of `shape` (groups, outputs); zeros where it adds none."""
+    if layer.added is not None:
+        return _float_added(reference).array.astype(np.float64).reshape(shape)
+    bias = constant_array(reference.inputs[2]) if len(reference.inputs) > 2 else None
+    return np.zeros(shape) if bias is None else bias.astype(np.float64).reshape(shape)
 
 
 def _bias(
@@ -115,6 +160,7 @@ def _bias(
     if node.op_type == "MatMul":
         return None, None
     if len(node.inputs) > 2 and node.inputs[2] is not None:
+        own_constant(graph, node, 2)
         return (node.inputs[2], None) if constant_array(node.inputs[2]) is not None else (None, None)
     data = node.inputs[0].producer() if node.inputs[0] is not None else None
     if data is None or not is_dequantize(data):
@@ -157,7 +203,9 @@ def replace_layer(layer: GridNode, refined: GridLayer, bias: Array) -> dict[str,
     source = layer.node.inputs[1].producer() if layer.node.inputs[1] is not None else None
     if source is not None and source.inputs[1] is not None and (moved != layer.scale).any():
         arrays[source.inputs[1]] = moved
-    if layer.bias is not None and (stored := constant_array(layer.bias)) is not None:
+    if layer.added is not None:
+        arrays |= replace_added_bias(layer.added, bias.reshape(-1))
+    elif layer.bias is not None and (stored := constant_array(layer.bias)) is not None:
         flat = bias.reshape(-1)
         if layer.bias_scale is not None:
             bias_scale = (layer.bias_scale * (moved / layer.scale)).astype(np.float32)

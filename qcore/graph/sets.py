@@ -129,7 +129,7 @@ def _tie(node: ir.Node, forest: _Forest) -> str | None:
     data, result = node.inputs[0], node.outputs[0]
     match node.op_type:
         case "Conv" | "Gemm":
-            forest.layers += [node] if (reason := _layer_refusal(node)) is None else []
+            forest.layers += [node] if (reason := layer_refusal(node)) is None else []
             return reason
         case "Add" | "Sub":
             return _tie_sum(node, forest)
@@ -168,7 +168,8 @@ def _is_pooled(value: ir.Value) -> bool:
     return (node := value.producer()) is not None and node.op_type in POOLS
 
 
-def _layer_refusal(node: ir.Node) -> str | None:
+def layer_refusal(node: ir.Node) -> str | None:
+    """Return why the weights and bias of the Conv or Gemm `node` cannot be rewritten, or None."""
     weight = constant_array(node.inputs[1])
     if weight is None or weight.dtype != np.float32 or constant_array(node.inputs[0]) is not None:
         return "its weights are not float32 constants"
@@ -184,7 +185,7 @@ def _layer_refusal(node: ir.Node) -> str | None:
 
 def _weight(node: ir.Node) -> NDArray[np.floating]:
     weight = constant_array(node.inputs[1])
-    assert weight is not None  # noqa: S101 - _layer_refusal has looked
+    assert weight is not None  # noqa: S101 - layer_refusal has looked
     return weight
 
 

@@ -48,3 +48,9 @@ def ints_attribute(node: ir.Node, name: str) -> tuple[int, ...]:
     """Return the integers of the attribute `name` of `node`, none where it is absent."""
     attribute = node.attributes.get(name)
     return () if attribute is None else tuple(attribute.as_ints())
+
+
+def auto_pad(node: ir.Node) -> str:
+    """Return how a convolution or pooling finds its pads: NOTSET (they are given), VALID, SAME_UPPER or SAME_LOWER."""
+    attribute = node.attributes.get("auto_pad")
+    return "NOTSET" if attribute is None else attribute.as_string()

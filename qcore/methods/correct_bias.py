@@ -16,7 +16,7 @@ from pydantic import Field
 
 from qcore.config import Config
 from qcore.graph.edit import editable_copy
-from qcore.graph.grid import LAYERS, grid_nodes, matrix_of, replace_layer, scale_of
+from qcore.graph.grid import LAYERS, float_bias, grid_nodes, matrix_of, replace_layer, scale_of
 from qcore.graph.rewrite import Rewrite, Skipped
 from qcore.graph.traverse import constant_array, node_name
 from qcore.numerics.channels import ChannelStats
@@ -42,15 +42,23 @@ def correct_bias(layer: GridLayer, moments: LayerMoments) -> tuple[GridLayer, Ar
     return layer, corrected_bias(layer.integers, layer.scale, moments)
 
 
+def inputs_of_layers(model: ir.Model, *op_types: str) -> tuple[str, ...]:
+    """Return the names of the activations that layers of some types read, in graph order."""
+    nodes = [n for n in editable_copy(model).graph if n.op_type in op_types]
+    names = [str(n.inputs[0].name) for n in nodes if n.inputs[0] is not None and constant_array(n.inputs[0]) is None]
+    return tuple(dict.fromkeys(names))
+
+
 def correct_bias_analytically(
-    quantized: ir.Model, reference: ir.Model, channels: Mapping[str, ChannelStats]
+    quantized: ir.Model, reference: ir.Model, maps: Mapping[str, ChannelStats], rows: Mapping[str, ChannelStats]
 ) -> Rewrite:
     """Return `quantized` with biases that make up for the error of its weights at the mean input.
 
     Args:
         quantized: QDQ model.
         reference: the float model that it was made from.
-        channels: statistics of the float inputs of layers by tensor name; layers without are skipped.
+        maps: statistics of axis 1 of the float inputs of convolutions, by tensor name; layers without are skipped.
+        rows: the same of the last axis of what MatMul and Gemm read.
     """
     out = editable_copy(quantized)
     floats = {node_name(n): n for n in editable_copy(reference).graph if n.op_type in LAYERS}
@@ -58,21 +66,27 @@ def correct_bias_analytically(
     changed: list[str] = []
     for layer in layers:
         node = floats[node_name(layer.node)]
-        if layer.bias is None:
-            skipped.append(Skipped(node=node_name(node), op_type=node.op_type, reason="it has no bias"))
+        if not layer.has_bias:
+            skipped.append(Skipped(node=node_name(node), op_type=node.op_type, reason=layer.unbiased))
             continue
         wanted = matrix_of(layer, constant_array(node.inputs[1]))
-        stats = channels.get(str(node.inputs[0].name)) if node.inputs[0] is not None else None
-        groups, _, inputs = wanted.shape
-        if stats is None or inputs % (stats.mean.size // groups or 1) or stats.mean.size < groups:
+        mean = _mean_input(node, wanted.shape, maps if node.op_type == "Conv" else rows)
+        if mean is None:
             skipped.append(Skipped(node=node_name(node), op_type=node.op_type, reason="its input was not measured"))
             continue
-        mean = np.repeat(stats.mean.reshape(groups, -1), inputs * groups // stats.mean.size, axis=1)
         integers = matrix_of(layer, constant_array(layer.weight)) - layer.zero
         error = integers * scale_of(layer, wanted.shape)[:, :, None] - wanted
-        bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
-        before = np.zeros(wanted.shape[:2]) if bias is None else bias.astype(np.float64).reshape(wanted.shape[:2])
+        before = float_bias(layer, node, wanted.shape[:2])
         same = GridLayer(wanted=wanted, integers=integers, scale=scale_of(layer, wanted.shape))
         new = replace_layer(layer, same, before - (error @ mean[:, :, None])[:, :, 0])
         changed += [node_name(layer.node)] if new else []
     return Rewrite(model=out, changed=tuple(changed), skipped=tuple(skipped))
+
+
+def _mean_input(node: ir.Node, shape: tuple[int, ...], channels: Mapping[str, ChannelStats]) -> Array | None:
+    """Return the mean input of a layer whose weights have `shape` (groups, outputs, inputs), as (groups, inputs)."""
+    stats = channels.get(str(node.inputs[0].name)) if node.inputs[0] is not None else None
+    groups, _, inputs = shape
+    if stats is None or inputs * groups % stats.mean.size or stats.mean.size % groups:
+        return None
+    return np.repeat(stats.mean.reshape(groups, -1), inputs * groups // stats.mean.size, axis=1)

@@ -1,8 +1,9 @@
 """SmoothQuant: the outlier channels of activations move into the weights that read them; the function stays the same.
 
 Per input channel j, `X W = (X / s) (s W)` with `s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`. The division goes into
-what makes X, where that is a LayerNormalization, a Mul or Add with a constant, or a linear layer; else a Mul is
-inserted. Activation maxima arrive as an argument: nothing here runs the model.
+what makes X (`graph/scales.py`), or into a copy of it where others read X too and it is a norm. Else a Mul may be
+inserted, which helps only where nothing rounds X in front of it (dynamic quantization, weights alone). Activation
+maxima arrive as an argument: nothing here runs the model.
 
 Source: Xiao et al. 2022 (arXiv 2211.10438) eq. 3 and 4.
 """
@@ -14,28 +15,33 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import ShapeInferencePass
 from pydantic import Field
 
 from qcore.config import Config
 from qcore.errors import CalibrationError, ModelError
 from qcore.graph.edit import add_initializer, drop_unused_initializers, editable_copy, fresh_name
 from qcore.graph.rewrite import Rewrite, Skipped
-from qcore.graph.traverse import constant_array, float_attribute, int_attribute, node_name, only_consumer
+from qcore.graph.scales import Edit, Float, absorbed
+from qcore.graph.traverse import constant_array, int_attribute, node_name
 
-Float = NDArray[np.floating]
-_Edit = tuple[ir.Node, int, Float]  # this input of this node becomes this constant
-
+_CHEAP = ("LayerNormalization", "Mul", "Add", "Sub")
 _SMALLEST = 1e-5  # a channel that is almost never used is not blown up by more than this
 
 
 class SmoothStep(Config):
-    """Options of the recipe step `smooth`: `alpha` is how much of the difficulty goes to the weights, `exclude` names
-    nodes whose inputs are left alone.
-    """  # noqa: D205 - two options, one sentence
+    """Options of the recipe step `smooth`.
+
+    `alpha` is how much of the difficulty goes to the weights, `exclude` names nodes whose inputs are left alone.
+    `copy_norms` gives layers a copy of a norm whose result others read too (BERT adds it to the next sum). `insert`
+    puts a Mul in front of layers where nothing can hold the division.
+    """
 
     method: Literal["smooth"] = "smooth"
     alpha: float = Field(default=0.5, ge=0, le=1)
     exclude: tuple[str, ...] = ()
+    copy_norms: bool = True
+    insert: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,19 +65,18 @@ def smooth(model: ir.Model, channel_max: Mapping[str, NDArray[np.floating]], ste
     Args:
         model: float model.
         channel_max: by tensor name, the largest |x| seen per channel, (channels,), over all but the last axis.
-        step: alpha and exclusions.
+        step: options.
 
     Raises:
-        ModelError: no MatMul or Gemm has constant weights, or `exclude` names no node.
+        ModelError: `exclude` names no node.
         CalibrationError: the maxima of a tensor have another shape than its channels, or are not finite.
     """
-    out = editable_copy(model)
+    described = {v.name for node in model.graph for v in node.outputs if v.shape is not None}
+    out = editable_copy(ShapeInferencePass()(model.clone()).model)
     missing = set(step.exclude) - {node_name(n) for n in out.graph}
     if missing:
         raise ModelError(f"exclude names node {min(missing)!r}, which does not exist; names are those of the file")
     groups, skipped = _groups(out.graph, step)
-    if not groups:
-        raise ModelError("nothing can be smoothed: no MatMul or Gemm has float32 constant weights")
     changed: list[str] = []
     for group in groups:
         name = str(group.source.name)
@@ -79,11 +84,17 @@ def smooth(model: ir.Model, channel_max: Mapping[str, NDArray[np.floating]], ste
             skipped += [_skip(n, f"no channel maxima of {name}") for n in group.readers]
             continue
         s = _scales(group, np.asarray(channel_max[name], np.float64), step.alpha)
-        _divide(out.graph, group, s)
+        reason = _divide(out.graph, group, s, step)
+        if reason is not None:
+            skipped += [_skip(n, reason) for n in group.readers]
+            continue
         for node in group.readers:
             _scale_weights(out.graph, node, s)
             changed.append(node_name(node))
     drop_unused_initializers(out.graph)
+    for value in [o for node in out.graph for o in node.outputs]:
+        if value.name not in described and not value.is_graph_output():
+            value.type = value.shape = None  # inferred here; in the file it would only take room
     return Rewrite(model=out, changed=tuple(changed), skipped=tuple(skipped))
 
 
@@ -160,17 +171,21 @@ def _scale_weights(graph: ir.Graph, node: ir.Node, s: NDArray[np.float64]) -> No
     node.replace_input_with(1, add_initializer(graph, f"{name}_smoothed", scaled.astype(np.float32)))
 
 
-def _divide(graph: ir.Graph, group: _Group, s: NDArray[np.float64]) -> None:
-    """Divide the activation by `s`, in what makes it if only the group reads it, else by a Mul for the group."""
+def _divide(graph: ir.Graph, group: _Group, s: NDArray[np.float64], step: SmoothStep) -> str | None:
+    """Divide the activation by `s`, in what makes it or by a Mul for the group, or return why that is not done."""
     value = group.source
     alone = not value.is_graph_output() and {n for n, _ in value.uses()} <= set(group.readers)
-    edits = _absorbed(value, 1 / s) if alone else None
+    edits = absorbed(value, 1 / s)
+    if edits is not None and not alone:
+        edits = _for_readers(graph, group, edits) if step.copy_norms else None
     if edits is not None:
         for node, index, array in edits:
             old = node.inputs[index]
             name = old.name if old is not None else node_name(node)
             node.replace_input_with(index, add_initializer(graph, f"{name}_smoothed", array.astype(np.float32)))
-        return
+        return None
+    if not step.insert:
+        return f"what makes {value.name} cannot be scaled" if alone else f"more than layers read {value.name}"
     factor = add_initializer(graph, f"{value.name}_smoothing", (1 / s).astype(np.float32))
     mul = ir.node("Mul", [value, factor], name=fresh_name(graph, f"{value.name}_smooth"))
     mul.outputs[0].name = fresh_name(graph, f"{value.name}_smoothed")
@@ -178,79 +193,31 @@ def _divide(graph: ir.Graph, group: _Group, s: NDArray[np.float64]) -> None:
     graph.insert_before(group.readers[0], mul)
     for node in group.readers:
         node.replace_input_with(0, mul.outputs[0])
-
-
-def _absorbed(value: ir.Value, factor: NDArray[np.float64]) -> list[_Edit] | None:
-    """Return the edits that multiply `value` by `factor` along its last axis, or None if its maker cannot hold it."""
-    node = value.producer()
-    if node is None or node.domain != "" or value is not node.outputs[0]:
-        return None
-    match node.op_type:
-        case "LayerNormalization":
-            return _into_constants(node, (1, 2), factor)
-        case "Mul":
-            return _into_either(node, factor)
-        case "Add" | "Sub":
-            return _into_sum(node, factor)
-        case "Relu":  # relu(c x) = c relu(x) for c > 0
-            return _absorbed_before(node.inputs[0], factor)
-        case "MatMul" | "Gemm":
-            return _into_linear(node, factor)
-        case _:
-            return None
-
-
-def _absorbed_before(value: ir.Value | None, factor: NDArray[np.float64]) -> list[_Edit] | None:
-    return None if value is None or only_consumer(value) is None else _absorbed(value, factor)
-
-
-def _scaled(value: ir.Value | None, factor: NDArray[np.float64]) -> Float | None:
-    """Return the constant `value` times `factor` along its last axis; a scalar becomes a vector."""
-    array = constant_array(value)
-    if array is None or not np.issubdtype(array.dtype, np.floating):
-        return None
-    if array.size > 1 and array.shape[-1] not in (1, len(factor)):
-        return None
-    return np.asarray(array * factor)
-
-
-def _into_constants(node: ir.Node, indices: tuple[int, ...], factor: NDArray[np.float64]) -> list[_Edit] | None:
-    edits: list[_Edit] = []
-    for index in indices:
-        if index < len(node.inputs) and node.inputs[index] is not None:
-            array = _scaled(node.inputs[index], factor)
-            if array is None or array.shape != factor.shape:
-                return None
-            edits.append((node, index, array))
-    return edits or None
-
-
-def _into_either(node: ir.Node, factor: NDArray[np.float64]) -> list[_Edit] | None:
-    for index in (1, 0):
-        array = _scaled(node.inputs[index], factor)
-        if array is not None:
-            return [(node, index, array)]
     return None
 
 
-def _into_sum(node: ir.Node, factor: NDArray[np.float64]) -> list[_Edit] | None:
-    for index in (1, 0):
-        array = _scaled(node.inputs[index], factor)
-        before = _absorbed_before(node.inputs[1 - index], factor) if array is not None else None
-        if array is not None and before is not None:
-            return [(node, index, array), *before]
-    return None
+def _for_readers(graph: ir.Graph, group: _Group, edits: list[Edit]) -> list[Edit] | None:
+    """Let the group read a copy of what makes its activation, and return the edits of the copy; None if it is dear.
 
-
-def _into_linear(node: ir.Node, factor: NDArray[np.float64]) -> list[_Edit] | None:
-    weight = constant_array(node.inputs[1])
-    if weight is None or weight.ndim != 2:
-        return None
-    transposed = bool(int_attribute(node, "transB", 0))
-    edits: list[_Edit] = [(node, 1, weight * (factor[:, None] if transposed else factor))]
-    if len(node.inputs) > 2 and node.inputs[2] is not None and float_attribute(node, "beta", 1.0) != 0.0:
-        bias = _scaled(node.inputs[2], factor)
-        if bias is None:
+    A norm is copied, and the constants behind a chain of nodes that compute one; a layer is not.
+    """
+    chain: list[ir.Node] = []
+    left, value = {node for node, _, _ in edits}, group.source
+    while left:
+        node = value.producer()
+        if node is None or node.op_type not in _CHEAP or len(node.outputs) > 1:
             return None
-        edits.append((node, 2, bias))
-    return edits
+        chain.append(node)
+        left.discard(node)
+        value = next(v for v in node.inputs if v is not None and constant_array(v) is None)
+    copies: dict[ir.Node, ir.Node] = {}
+    results: dict[ir.Value | None, ir.Value] = {}
+    for node in reversed(chain):
+        inputs = [results.get(v, v) for v in node.inputs]
+        copy = ir.node(node.op_type, inputs, node.attributes, name=fresh_name(graph, f"{node_name(node)}_smooth"))
+        copy.outputs[0].name = fresh_name(graph, f"{node.outputs[0].name}_smoothed")
+        copies[node], results[node.outputs[0]] = copy, copy.outputs[0]
+    graph.insert_after(chain[0], list(copies.values()))
+    for node in group.readers:
+        node.replace_input_with(0, results[group.source])
+    return [(copies[node], index, array) for node, index, array in edits]

@@ -50,12 +50,21 @@ def merge_channels(a: ChannelStats, b: ChannelStats) -> ChannelStats:
     )
 
 
-def stream_channels(batches: Iterable[Mapping[str, Float]]) -> dict[str, ChannelStats]:
-    """Return the statistics of axis 1 of every tensor of two or more dimensions over all batches."""
+def stream_channels(
+    batches: Iterable[Mapping[str, Float]], axes: Mapping[str, int] | None = None
+) -> dict[str, ChannelStats]:
+    """Return the statistics of the channels of every tensor of two or more dimensions over all batches.
+
+    Only sums and extremes are kept, so memory does not grow with the batches.
+
+    Args:
+        batches: tensors by name.
+        axes: where the channels of a tensor are, by name; 1 where it does not say.
+    """
     stats: dict[str, ChannelStats] = {}
     for tensors in batches:
         for name, x in tensors.items():
             if x.ndim >= 2 and x.size:
-                new = channel_stats(x)
+                new = channel_stats(x, (axes or {}).get(name, 1))
                 stats[name] = merge_channels(stats[name], new) if name in stats else new
     return stats

@@ -38,3 +38,21 @@ def windows_at(x: Rows, window: Window, rows: NDArray[np.int64], columns: NDArra
     by_group = seen.reshape(rows.size, height * width, groups, -1)
     result: Rows = np.ascontiguousarray(by_group.transpose(2, 0, 3, 1)).reshape(groups, rows.size, -1)
     return result
+
+
+def same_pads(size: int, kernel: int, stride: int, dilation: int, *, upper: bool) -> tuple[int, int]:
+    """Return the pads before and after one axis with which `ceil(size / stride)` outputs come out.
+
+    Args:
+        size: of the input along the axis.
+        kernel: taps along the axis.
+        stride: of the convolution.
+        dilation: distance of taps.
+        upper: an odd pad goes to the end (SAME_UPPER), else to the start.
+
+    Source: ONNX Conv-11, attribute auto_pad.
+    """
+    outputs = -(-size // stride)
+    total = max((outputs - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    small, large = total // 2, total - total // 2
+    return (small, large) if upper else (large, small)

@@ -12,7 +12,7 @@ import pytest
 from models import conv_net, save, write_data
 from quantizing import profile, samples
 from recovering import Net, evidence_of, images, outlier_net, parsed, recipe_with
-from transformers import EncoderShape, encoder, encoder_input
+from transformers import EncoderShape, encoder, encoder_input, exported_encoder, with_outliers
 
 from qcore.compression import Recipe, check_order, compress, load_recipe
 from qcore.config import check_config
@@ -141,8 +141,8 @@ def test_transformers_are_mended_too(step, target):
     if step["method"] == "round-weights":
         assert mended.kept
         assert {"head", "layer0.up", "layer0.down", "layer0.attention.q"} <= set(mended.changed)
-    else:  # a MatMul has no bias
-        assert set(mended.changed) <= {"head"}
+    elif mended.kept:  # the Add behind a MatMul holds its bias
+        assert {"head", "layer0.up", "layer0.down", "layer0.attention.q"} <= set(mended.changed)
 
 
 @pytest.mark.parametrize("step", MENDING)
@@ -211,6 +211,8 @@ def steps_of(*methods):
         (("correct-bias", "quantize"), "step correct-bias mends a quantized model; put it behind quantize"),
         (("round-weights",), "step round-weights mends a quantized model; put it behind quantize"),
         (("fold-batchnorm", "equalize"), "step equalize prepares for quantize, which is missing; add it"),
+        (("smooth", "quantize-dynamic"), "step smooth prepares for quantize, which is missing; add it"),
+        (("absorb-bias",), "step absorb-bias prepares for quantize, which is missing; add it"),
         (
             ({"method": "quantize", "form": "qoperator"}, "correct-bias"),
             "step correct-bias mends QDQ models; allowed: form: qdq",
@@ -238,7 +240,48 @@ def test_one_scale_per_tensor_may_be_asked_of_any_device():
     assert all(list(i.dims) in ([], [1]) for i in scales)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int8-equalized", "int8-rounded"])
+@pytest.mark.parametrize("recipe", ["int8", "int8-equalized", "int8-rounded", "int8-smoothed"])
 def test_without_data_nothing_is_quantized(recipe):
     with pytest.raises(ConfigError, match=f"recipe {recipe} needs calibration data; run `qcore compress` with --data"):
         compress(parsed(conv_net()), load_recipe(recipe), load_target("x86-vnni"), None)
+
+
+@pytest.mark.parametrize("build", [encoder, exported_encoder])
+@pytest.mark.parametrize("target", ["x86-vnni", "npu-int8-symmetric", "tensorrt"])
+def test_smoothing_brings_transformers_with_outlier_channels_closer_to_float(build, target):
+    shape = EncoderShape()
+    model, x = parsed(with_outliers(build(0, shape))), encoder_input(shape, n=96)
+    made = compress(model, recipe_with({"method": "smooth"}), load_target(target), evidence_of(x))
+    step = step_of(made, "smooth")
+    assert step.kept
+    assert step.error_after < 0.5 * step.error_before
+    assert {"layer0.attention.q", "layer0.attention.k", "layer0.attention.v", "layer0.up"} <= set(step.changed)
+    assert output_distance(made.reference, model, evidence_of(x)) < 1e-8
+    before = [n.op_type for n in model.graph]
+    assert [n.op_type for n in made.reference.graph] == before  # no Mul of its own: it would be rounded too
+    assert {s.reason for s in step.skipped} > {"its weights are not a constant float32 matrix"}
+    read(made.model)
+
+
+def test_a_net_without_anything_to_smooth_comes_back_as_it_was():
+    net = Net(0)
+    net.conv(4)
+    net.relu()
+    proto, target = net.model(["N", 4, 6, 6]), load_target("x86-vnni")
+    made = compress(parsed(proto), recipe_with({"method": "smooth"}), target, evidence_of(images()))
+    plain = compress(parsed(proto), recipe_with(), target, evidence_of(images()))
+    assert not step_of(made, "smooth").kept
+    assert serialize_model(made.model) == serialize_model(plain.model)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_smoothed_recipe_never_takes_a_transformer_further_from_float(target):
+    model, x = parsed(exported_encoder(1, EncoderShape())), encoder_input(EncoderShape(), n=64)
+    recipe = load_recipe("int8-smoothed")
+    made = compress(model, recipe, load_target(target), evidence_of(x))
+    bare = tuple(s for s in recipe.steps if s.method not in ("smooth", "correct-bias"))
+    plain = recipe.model_copy(update={"steps": bare})
+    unmended = compress(model, plain, load_target(target), evidence_of(x))
+    assert made.error <= output_distance(unmended.model, model, evidence_of(x))
+    again = compress(model, recipe, load_target(target), evidence_of(x))
+    assert serialize_model(again.model) == serialize_model(made.model)

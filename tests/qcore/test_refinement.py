@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from models import model_of
+from onnx import helper
 from quantizing import constants, written
 from recovering import Net, evidence_of, images, parsed
 
@@ -96,3 +98,54 @@ def test_layers_come_in_graph_order_and_each_sees_the_ones_before_it_changed():
     assert seen[0].mean_in.any()
     assert all(not m.mean_in.any() and not m.covariance.any() for m in seen[1:])
     assert all(m.mean_out.any() for m in seen)  # what is wanted is still the float model's
+
+
+FORMS = [
+    {"size": (9,), "kernel": (3,), "pads": [1, 2]},
+    {"size": (9,), "kernel": (4,), "strides": [2], "auto_pad": "SAME_UPPER"},
+    {"size": (6, 7), "kernel": (3, 2), "auto_pad": "NOTSET", "pads": [1, 0, 2, 1]},
+    {"size": (6, 7), "kernel": (3, 2), "auto_pad": "VALID"},
+    {"size": (6, 7), "kernel": (4, 2), "strides": [2, 3], "auto_pad": "SAME_UPPER"},
+    {"size": (6, 7), "kernel": (4, 2), "strides": [2, 1], "auto_pad": "SAME_LOWER"},
+    {"size": (8,), "kernel": (3,), "dilations": [2], "pads": [0, 2]},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_convolutions_of_every_form_see_the_inputs_they_get(form):
+    """With the windows that a layer really sees, the corrected bias restores its means; with others it would not."""
+    attributes = {k: v for k, v in form.items() if k not in ("size", "kernel")}
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((6, 2, *form["kernel"])) + 0.5, "b": rng.standard_normal(6)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["c"], name="conv", group=2, **attributes),
+        helper.make_node("Relu", ["c"], ["r"], name="relu"),
+        helper.make_node("GlobalAveragePool", ["r"], ["y"], name="pool"),
+    ]
+    shape = ["N", 4, *form["size"]]
+    proto = model_of(
+        nodes,
+        {k: v.astype(np.float32) for k, v in weights.items()},
+        inputs={"x": shape},
+        outputs={"y": ["N", 6, *(1 for _ in form["size"])]},
+    )
+    x = (rng.standard_normal((32, 4, *form["size"])) + 1).astype(np.float32)
+    model, evidence = parsed(proto), evidence_of(x)
+    rewrite = quantize(model, QuantizeStep(weight_bits=3), load_target("tensorrt"), evidence.table(model))
+    made = refine_layers(rewrite.model, model, evidence.fit, correct_bias, 100)
+    assert made.changed == ("conv",)
+    assert made.skipped == ()
+    wanted, ours, wrong = (layer_means(m, evidence)["conv"] for m in (model, made.model, rewrite.model))
+    np.testing.assert_allclose(ours, wanted, atol=1e-4)
+    assert np.abs(wrong - wanted).max() > 0.05
+
+
+def test_convolutions_in_three_dimensions_are_left_alone_and_named():
+    w = np.random.default_rng(0).standard_normal((2, 1, 2, 2, 2)).astype(np.float32)
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], name="conv")]
+    proto = model_of(nodes, {"w": w}, inputs={"x": ["N", 1, 3, 3, 3]}, outputs={"y": ["N", 2, 2, 2, 2]})
+    model = parsed(proto)
+    evidence = evidence_of(np.random.default_rng(1).standard_normal((16, 1, 3, 3, 3)).astype(np.float32))
+    rewrite = quantize(model, QuantizeStep(), load_target("x86-vnni"), evidence.table(model))
+    made = refine_layers(rewrite.model, model, evidence.fit, correct_bias, 8)
+    assert [(s.node, s.reason) for s in made.skipped] == [("conv", "it is not a convolution in one or two dimensions")]

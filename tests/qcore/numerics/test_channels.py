@@ -22,6 +22,15 @@ def test_streamed_statistics_are_those_of_all_data(seed, sizes):
     np.testing.assert_allclose(stats.variance, whole.var(axis=1), rtol=1e-5, atol=1e-9)
 
 
+def test_any_axis_may_hold_the_channels():
+    parts = [np.random.default_rng(k).standard_normal((2, 4, 3)).astype(np.float32) for k in range(3)]
+    stats = stream_channels(({"x": p} for p in parts), {"x": -1})["x"]
+    rows = np.concatenate(parts).reshape(-1, 3)
+    np.testing.assert_array_equal(stats.low, rows.min(axis=0))
+    np.testing.assert_array_equal(stats.high, rows.max(axis=0))
+    np.testing.assert_allclose(stats.mean, rows.mean(axis=0), atol=1e-6)
+
+
 def test_small_variances_survive_a_large_mean():
     x = (np.array([[0.0], [1.0], [2.0], [3.0]]) + 1e6).astype(np.float32)
     merged = merge_channels(channel_stats(x[:1]), channel_stats(x[1:]))

@@ -8,7 +8,7 @@ from models import model_of
 from onnx import helper
 from onnxruntime import InferenceSession
 
-from qcore.numerics.windows import Window, windows_at
+from qcore.numerics.windows import Window, same_pads, windows_at
 
 
 def convolved(x, w, window, groups):
@@ -49,3 +49,26 @@ def test_what_lies_outside_is_zero():
     x = np.ones((1, 1, 2, 2), np.float32)
     corner = windows_at(x, Window(kernel=(3, 3), pads=(1, 1, 1, 1)), np.zeros((1, 1), int), np.zeros((1, 1), int), 1)
     assert corner.sum() == pytest.approx(4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    size=st.tuples(st.integers(3, 9), st.integers(3, 9)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    upper=st.booleans(),
+)
+def test_same_pads_are_those_of_the_runtime(size, kernel, strides, upper):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 2, *size)).astype(np.float32)
+    w = rng.standard_normal((3, 2, *kernel)).astype(np.float32)
+    node = helper.make_node(
+        "Conv", ["x", "w"], ["y"], strides=strides, auto_pad=f"SAME_{'UPPER' if upper else 'LOWER'}"
+    )
+    proto = model_of([node], {"w": w}, inputs={"x": x.shape}, outputs={"y": ["a", "b", "c", "d"]})
+    wanted = InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    (top, bottom), (left, right) = (
+        same_pads(n, k, s, 1, upper=upper) for n, k, s in zip(size, kernel, strides, strict=True)
+    )
+    window = Window(kernel=kernel, strides=strides, pads=(top, left, bottom, right))
+    np.testing.assert_allclose(convolved(x, w, window, 1), wanted, atol=1e-5)
