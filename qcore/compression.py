@@ -1,5 +1,6 @@
 """Recipes: the ordered steps of one compression run, and which of them are kept."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -157,7 +158,20 @@ class Compressed:
     error: float | None = None
 
 
-def compress(model: ir.Model, recipe: Recipe, target: TargetProfile, evidence: Evidence | None) -> Compressed:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """What the runs of several recipes on one model share: float steps that were done, and who is told of each step.
+
+    `told` gets the method, the number of steps done, and of how many. The float models in `done` stay in memory.
+    """
+
+    done: dict[tuple[int, str, str], tuple[ir.Model, Rewrite]] = field(default_factory=dict)
+    told: Callable[[str, int, int], None] = lambda method, done, total: None
+
+
+def compress(
+    model: ir.Model, recipe: Recipe, target: TargetProfile, evidence: Evidence | None, shared: Shared | None = None
+) -> Compressed:
     """Return `model` after all steps of `recipe` that are kept; the argument is not changed.
 
     Args:
@@ -165,14 +179,17 @@ def compress(model: ir.Model, recipe: Recipe, target: TargetProfile, evidence: E
         recipe: steps in order.
         target: profile of the device.
         evidence: what calibration data say; None where no step needs any.
+        shared: of several recipes on the same `model` and `evidence`.
 
     Raises:
         ConfigError: a step needs calibration data and there are none.
     """
     check_order(recipe)
-    run = _Run(recipe=recipe, target=_asked(target, recipe), evidence=evidence, original=model)
+    shared = shared or Shared()
+    run = _Run(recipe=recipe, target=asked_of(target, recipe), evidence=evidence, original=model, shared=shared)
     applied, reference = [], model
-    for step in recipe.steps:
+    for position, step in enumerate(recipe.steps):
+        shared.told(step.method, position, len(recipe.steps))
         match step:
             case EqualizeStep():
                 model, done = _prepare(run, model, step)
@@ -183,10 +200,11 @@ def compress(model: ir.Model, recipe: Recipe, target: TargetProfile, evidence: E
             case CorrectBiasStep() | RoundWeightsStep():
                 model, done = _mend(run, model, reference, step)
             case _:
-                rewrite = apply_step(model, step, target)
+                rewrite = _once(run, model, step, partial(apply_step, model, step, target))
                 model = rewrite.model
                 done = AppliedStep(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped)
         applied.append(done)
+    shared.told(recipe.steps[-1].method, len(recipe.steps), len(recipe.steps))
     measured = [s.error_after if s.kept else s.error_before for s in applied if s.error_after is not None]
     return Compressed(model=model, reference=reference, steps=tuple(applied), error=measured[-1] if measured else None)
 
@@ -199,11 +217,12 @@ class _Run:
     target: TargetProfile
     evidence: Evidence | None
     original: ir.Model
+    shared: Shared
     quantized: dict[int, tuple[ir.Model, Rewrite]] = field(default_factory=dict)
     distances: dict[int, tuple[ir.Model, float]] = field(default_factory=dict)
 
 
-def _asked(target: TargetProfile, recipe: Recipe) -> TargetProfile:
+def asked_of(target: TargetProfile, recipe: Recipe) -> TargetProfile:
     """Return `target` with one scale per tensor where the recipe asks for that."""
     step = recipe.quantize_step
     if step is None or step.per_channel is None or step.per_channel == target.weights_per_channel:
@@ -236,8 +255,19 @@ def _distance(run: _Run, model: ir.Model) -> float:
     return run.distances[id(model)][1]
 
 
+def _once(run: _Run, model: ir.Model, step: Config, make: Callable[[], Rewrite]) -> Rewrite:
+    """Return what `make` gives for a float step on `model`, made once for all recipes that share it."""
+    key = (id(model), step.sha256, run.target.sha256)
+    if key not in run.shared.done:
+        run.shared.done[key] = (model, make())  # the model too: as long as it lives, its id is its own
+    return run.shared.done[key][1]
+
+
 def _prepare(run: _Run, model: ir.Model, step: EqualizeStep) -> tuple[ir.Model, AppliedStep]:
-    rewrite = equalize(model, step, run.target, channel_statistics(model, _known(run)))
+    def make() -> Rewrite:
+        return equalize(model, step, run.target, channel_statistics(model, _known(run)))
+
+    rewrite = _once(run, model, step, make)
     before, after = (_distance(run, _quantized(run, m).model) for m in (model, rewrite.model))
     return _better(step.method, (model, before), (rewrite, after))
 
