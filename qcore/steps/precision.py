@@ -27,7 +27,10 @@ _ROUNDING = 1e-12  # of a share that was computed in float64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What a search found: its trials, the layers by sensitivity, and the recipe that was chosen, as it was tried."""
+    """What a search found: its trials, the layers by sensitivity, and the recipe that was chosen, as it was tried.
+
+    `layers` are empty where int8 holds everywhere.
+    """
 
     search: "PrecisionSearch"
     layers: "tuple[Sensitivity, ...]"
@@ -166,15 +169,16 @@ class Budget:
 
 
 def search_on(bench: Bench, recipe: "Recipe", budget: Budget, samples: int = SENSITIVITY_SAMPLES) -> Found:
-    """Return what a search of `recipe` with some layers in more bits finds for `budget`."""
+    """Return what a search of `recipe` with some layers in more bits finds for `budget`.
+
+    Layers are ranked, on so many `samples` of the bench, only where int8 does not hold everywhere.
+    """
     from qcore.data.dataset import some_samples
     from qcore.ladder import with_precisions
     from qcore.mixed_precision import MAX_DEMOTIONS, Trial, search_precision
 
     origin = [sha256_bytes(bench.raw), bench.dataset.sha256]
     prepared = prepare(bench.model, recipe, bench.target, bench.evidence(), origin, bench.shared)
-    chosen = some_samples(bench.dataset, samples)
-    layers = rank_layers(prepared, chosen, journal_path(bench.out), progress=bench.progress)
     count = 0
 
     def at(assignment: "Assignment") -> Tried:
@@ -190,8 +194,13 @@ def search_on(bench: Bench, recipe: "Recipe", budget: Budget, samples: int = SEN
             error=budget.error(tried), size_bytes=tried.size_bytes, holds=budget.holds(tried), latency_ms=latency
         )
 
+    layers: tuple[Sensitivity, ...] = ()
+    if not run({}).holds:
+        chosen = some_samples(bench.dataset, samples)
+        layers = rank_layers(prepared, chosen, journal_path(bench.out), progress=bench.progress)
+    ranked = [s.node for s in layers] or list(prepared.nodes)
     demotions = RECOVERED_DEMOTIONS if recipe.needs_samples else MAX_DEMOTIONS
-    found = search_precision([s.node for s in layers], run, bench.target.mixed, budget.words, demotions)
+    found = search_precision(ranked, run, bench.target.mixed, budget.words, demotions)
     return Found(search=found, layers=layers, tried=at(found.chosen.precision))
 
 
@@ -212,7 +221,7 @@ def _budget(bench: Bench, max_drop: float | None, max_error: float | None) -> Bu
         raise ConfigError(f"max_drop is {limit}; allowed: a share of 1, at least 0 (0.01 is one point of top-1)")
 
     def drop(tried: Tried) -> float:
-        return -tried.report.metrics["top1_delta"]
+        return 0.0 - tried.report.metrics["top1_delta"]  # not -0.0
 
     return Budget(
         words=f"a drop in top-1 of at most {limit:g}",

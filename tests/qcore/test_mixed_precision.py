@@ -185,6 +185,16 @@ def test_what_cannot_be_met_writes_no_model_but_the_curve(outliers, tmp_path):
     assert "no model was written" in result.page.read_text()
 
 
+def test_where_int8_holds_no_layer_is_ranked(outliers, tmp_path):
+    arguments = {**outliers, "recipe": "int8-equalized", "max_drop": 0.5}
+    result = steps.mixed_precision(**arguments, out=tmp_path / "q.onnx")
+    assert result.found.search.why.startswith("int8 everywhere: error")
+    assert result.found.layers == ()
+    assert len(steps.journal_path(tmp_path / "q.onnx").read_bytes().splitlines()) == 1
+    assert result.written.recipe == "int8-equalized"
+    assert "most sensitive" not in result.page.read_text()
+
+
 def test_recovery_takes_part_in_every_trial_and_spares_bits(tmp_path):
     """16-bit layers are what plain int8 lacks; with equalization int8 itself holds the budget."""
     proto = outlier_net()
@@ -232,7 +242,7 @@ def test_after_kill_9_in_mid_search_no_trial_runs_twice_and_the_bytes_are_the_sa
     command = mixed(unlabelled, out, "--max-error", "0.02", "--json")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     layers = len(whole.found.layers)
-    while not journal.exists() or journal.read_bytes().count(b"\n") < layers + 2:  # in mid search, behind the ranking
+    while not journal.exists() or journal.read_bytes().count(b"\n") < layers + 3:  # in mid search, behind the ranking
         assert process.poll() is None
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
