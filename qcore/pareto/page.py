@@ -82,17 +82,16 @@ def _draw(axes: "Axes", curve: Curve, costs: Sequence[float]) -> None:
     if curve.limit is not None:
         axes.axhline(curve.limit, color="#2e7d5b", linewidth=0.9, linestyle=(0, (4, 3)), label="budget")
     axes.scatter(costs, errors, s=30, color=_TRIED, zorder=2, label="tried")
-    front = sorted(curve.front, key=lambda k: (costs[k], errors[k]))
-    axes.plot(
-        [costs[k] for k in front],
-        [errors[k] for k in front],
+    axes.scatter(
+        [costs[k] for k in curve.front],
+        [errors[k] for k in curve.front],
+        s=36,
         color=_FRONT,
-        linewidth=1.4,
-        marker="o",
-        markersize=5,
         zorder=3,
         label="Pareto front",
     )
+    line = _line(costs, errors)
+    axes.plot([costs[k] for k in line], [errors[k] for k in line], color=_FRONT, linewidth=1.2, zorder=1)
     axes.scatter(
         [costs[curve.chosen]],
         [errors[curve.chosen]],
@@ -106,3 +105,12 @@ def _draw(axes: "Axes", curve: Curve, costs: Sequence[float]) -> None:
     axes.set_ylabel("error (lower is better)")
     axes.grid()
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=4, frameon=False)
+
+
+def _line(costs: Sequence[float], errors: Sequence[float]) -> list[int]:
+    """Return the positions that nothing beats in the two values of one plot, in their order along it."""
+    line: list[int] = []
+    for k in sorted(range(len(costs)), key=lambda k: (costs[k], errors[k])):
+        if not line or errors[k] < errors[line[-1]]:
+            line.append(k)
+    return line

@@ -2,7 +2,7 @@
 
 import re
 
-from qcore.pareto.page import Curve, Dot, pareto_page
+from qcore.pareto.page import Curve, Dot, _line, pareto_page
 
 
 def curve(**changes):
@@ -57,3 +57,8 @@ def test_without_latency_there_is_one_plot_and_a_reason():
     assert "Latency was not measured" in page
     assert "no model was written" in page
     assert "nearest" in page
+
+
+def test_the_line_of_a_plot_falls_from_left_to_right():
+    costs, errors = [3.0, 1.0, 2.0, 2.0, 4.0], [0.1, 0.9, 0.5, 0.4, 0.2]
+    assert _line(costs, errors) == [1, 3, 0]
