@@ -5,6 +5,7 @@ it holds, be that a number or a gate's decision. Layers are promoted from the mo
 by bisection; what turns out not to be needed is demoted again. An answer that says the budget holds was itself tried.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -24,7 +25,8 @@ Assignment = Mapping[str, Precision]
 class Trial:
     """What one assignment costs: error, file size, and latency where it was measured.
 
-    `holds` says whether the budget does; `error` tells which of two that do not is nearer.
+    `holds` says whether the budget does; `error` tells which of two that do not is nearer. It is infinite, and the
+    size 0, where the model gives no finite numbers.
     """
 
     error: float
@@ -61,8 +63,8 @@ class PrecisionSearch:
         return pareto_front([a.trial for a in self.attempts])
 
     def to_json(self) -> Json:
-        """Return the JSON form; `chosen` and the Pareto front as positions in `attempts`."""
-        attempts = [{"precision": dict(a.precision), **asdict(a.trial)} for a in self.attempts]
+        """Return the JSON form; `chosen` and the Pareto front as positions in `attempts`, an infinite error as null."""
+        attempts = [{"precision": dict(a.precision), **_trial_json(a.trial)} for a in self.attempts]
         position = self.attempts.index(self.chosen)
         return {
             "met": self.met,
@@ -178,3 +180,7 @@ def _finished(search: _Search, assignment: Assignment, met: bool, why: str) -> P
         attempts=tuple(search.attempts.values()),
         why=why,
     )
+
+
+def _trial_json(trial: Trial) -> Json:
+    return {**asdict(trial), "error": trial.error if math.isfinite(trial.error) else None}

@@ -1,5 +1,6 @@
 """The Pareto front over error, file size and latency. Pure, standard library only."""
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -21,8 +22,12 @@ class Costs(Protocol):
 
 
 def pareto_front(results: Sequence[Costs]) -> tuple[int, ...]:
-    """Return the positions of the `results` that no other one dominates, smallest file first; equals all stay."""
-    front = [k for k, a in enumerate(results) if not any(dominates(b, a) for b in results)]
+    """Return the positions of the `results` that no other one dominates, smallest file first; equals all stay.
+
+    One whose error is infinite is none.
+    """
+    usable = [b for b in results if math.isfinite(b.error)]
+    front = [k for k, a in enumerate(results) if math.isfinite(a.error) and not any(dominates(b, a) for b in usable)]
     return tuple(sorted(front, key=lambda k: (results[k].size_bytes, results[k].error, k)))
 
 

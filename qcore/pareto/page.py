@@ -3,6 +3,7 @@
 The same curve gives the same bytes.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,9 @@ def pareto_page(curve: Curve) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": lambda x: f"{x:.4g}", "kib": lambda x: f"{x / _KIB:,.1f}"}
+    environment.filters |= {"number": lambda x: "" if x is None else f"{x:.4g}", "kib": lambda x: f"{x / _KIB:,.1f}"}
     plots = [_plot(curve, "file size, KiB", lambda d: d.size_bytes / _KIB)]
-    timed = all(d.latency_ms is not None for d in curve.dots)
+    timed = all(d.latency_ms is not None for d in curve.dots if math.isfinite(d.error))
     if timed:
         plots.append(_plot(curve, "latency p50, ms, one thread of this machine", lambda d: d.latency_ms or 0.0))
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(curve=curve, plots=plots, timed=timed)
@@ -111,6 +112,6 @@ def _line(costs: Sequence[float], errors: Sequence[float]) -> list[int]:
     """Return the positions that nothing beats in the two values of one plot, in their order along it."""
     line: list[int] = []
     for k in sorted(range(len(costs)), key=lambda k: (costs[k], errors[k])):
-        if not line or errors[k] < errors[line[-1]]:
+        if math.isfinite(errors[k]) and (not line or errors[k] < errors[line[-1]]):
             line.append(k)
     return line

@@ -1,5 +1,6 @@
 """Mixed precision on files: the layers that need more than 8 bits for a budget, and the Pareto curve of all trials."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qcore import __version__
 from qcore.canonical import Digest, Json, sha256_bytes
-from qcore.errors import ConfigError
+from qcore.errors import ConfigError, ModelError
 from qcore.steps.compression import CompressionSummary, refuse_unusable, summary_of
 from qcore.steps.guard import Progress, refuse_overwrite, silent
 from qcore.steps.search import SENSITIVITY_SAMPLES, prepare, rank_layers
@@ -187,7 +188,10 @@ def search_on(bench: Bench, recipe: "Recipe", budget: Budget, samples: int = SEN
     def run(assignment: "Assignment") -> "Trial":
         nonlocal count
         count += 1
-        tried = at(assignment)
+        try:
+            tried = at(assignment)
+        except ModelError:  # NaN or infinity, as where float16 overflows; if nothing else is left, it is raised again
+            return Trial(error=math.inf, size_bytes=0, holds=False)
         bench.progress("trying precisions", count, count)
         latency = tried.report.model.latency_ms.p50 if bench.timed else None
         return Trial(

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import conv_net, save, write_data
+from onnx import numpy_helper
 from recovering import outlier_net
 
 from qcore import steps
@@ -161,6 +163,26 @@ def test_float_everywhere_is_an_answer_too(unlabelled, tmp_path):
     assert result.found.search.met
     assert set(result.found.search.chosen.precision.values()) == {"float"}
     assert not any("Quantize" in n.op_type for n in load_model(tmp_path / "q.onnx").graph)
+
+
+def test_a_trial_that_overflows_in_float16_does_not_hold_and_the_search_goes_on(tmp_path):
+    """Sums of a million are beyond float16; the next layer takes them down again."""
+    proto = conv_net()
+    for name, factor in (("w3", 1e6), ("b3", 1e6), ("wf", 1e-6)):
+        weight = next(w for w in proto.graph.initializer if w.name == name)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), name))
+    card, model = write_data(tmp_path / "in", proto), save(proto, tmp_path / "m.onnx")
+    arguments = {"model": model, "data": card, "target": "tensorrt", "recipe": "int2-weights", "max_drop": 0.02}
+    result = steps.mixed_precision(**arguments, out=tmp_path / "q.onnx")
+    failed = [a for a in result.found.search.attempts if a.trial.error == math.inf]
+    assert failed
+    assert not any(a.trial.holds for a in failed)
+    assert result.found.search.met
+    value = json.loads(result.report.read_bytes())
+    assert value["attempts"][result.found.search.attempts.index(failed[0])]["error"] is None
+    assert "gives no finite numbers" in result.page.read_text()
+    report = steps.evaluate(candidate=tmp_path / "q.onnx", baseline=model, data=card, out=tmp_path / "r.json")
+    assert report.metrics["top1_delta"] >= -0.02
 
 
 @pytest.fixture(scope="module")
