@@ -1,5 +1,6 @@
 """Recipes: the ordered steps of one compression run, and which of them are kept."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from qcore.methods.quantize import QuantizeStep, quantize
 from qcore.methods.round_weights import RoundWeightsStep, round_weights
 from qcore.methods.smooth import SmoothStep, smooth, tensors_to_smooth
 from qcore.methods.weights import QuantizeWeightsStep, quantize_weights
-from qcore.recovery import Evidence, channel_statistics, output_distance
+from qcore.recovery import Evidence, Tensors, channel_statistics, output_distance
 from qcore.refinement import refine_layers
 from qcore.target import TargetProfile, shipped_or_file
 
@@ -157,6 +158,7 @@ class Compressed:
     """The model after a recipe, what each step did, and the error on held-out samples where it was measured.
 
     `reference` is the float model that was quantized: with the channel scales of the result, where they were changed.
+    `error` was measured before the steps behind `quantize` were made again from all samples.
     """
 
     model: ir.Model
@@ -165,7 +167,20 @@ class Compressed:
     error: float | None = None
 
 
-def compress(model: ir.Model, recipe: Recipe, target: TargetProfile, evidence: Evidence | None) -> Compressed:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """What the runs of several recipes on one model share: float steps that were done, and who is told of each step.
+
+    `told` gets the method, the number of steps done, and of how many. The float models in `done` stay in memory.
+    """
+
+    done: dict[tuple[int, str, str], tuple[ir.Model, Rewrite]] = field(default_factory=dict)
+    told: Callable[[str, int, int], None] = lambda method, done, total: None
+
+
+def compress(
+    model: ir.Model, recipe: Recipe, target: TargetProfile, evidence: Evidence | None, shared: Shared | None = None
+) -> Compressed:
     """Return `model` after all steps of `recipe` that are kept; the argument is not changed.
 
     Args:
@@ -173,14 +188,18 @@ def compress(model: ir.Model, recipe: Recipe, target: TargetProfile, evidence: E
         recipe: steps in order.
         target: profile of the device.
         evidence: what calibration data say; None where no step needs any.
+        shared: of several recipes on the same `model` and `evidence`.
 
     Raises:
         ConfigError: a step needs calibration data and there are none.
     """
     check_order(recipe)
-    run = _Run(recipe=recipe, target=_asked(target, recipe), evidence=evidence, original=model)
+    shared = shared or Shared()
+    run = _Run(recipe=recipe, target=asked_of(target, recipe), evidence=evidence, original=model, shared=shared)
     applied, reference = [], model
-    for step in recipe.steps:
+    kept: list[AFTER] = []
+    for position, step in enumerate(recipe.steps):
+        shared.told(step.method, position, len(recipe.steps))
         match step:
             case EqualizeStep() | SmoothStep() | AbsorbBiasStep():
                 model, done = _prepare(run, model, step)
@@ -190,11 +209,15 @@ def compress(model: ir.Model, recipe: Recipe, target: TargetProfile, evidence: E
                 done = AppliedStep(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped)
             case CorrectBiasStep() | RoundWeightsStep():
                 model, done = _mend(run, model, reference, step)
+                kept += [step] if done.kept else []
             case _:
-                rewrite = apply_step(model, step, target)
+                rewrite = _once(run, model, step, partial(apply_step, model, step, target))
                 model = rewrite.model
                 done = AppliedStep(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped)
         applied.append(done)
+    if kept:
+        model = _of_all_samples(run, model, reference, kept)
+    shared.told(recipe.steps[-1].method, len(recipe.steps), len(recipe.steps))
     measured = [s.error_after if s.kept else s.error_before for s in applied if s.error_after is not None]
     return Compressed(model=model, reference=reference, steps=tuple(applied), error=measured[-1] if measured else None)
 
@@ -207,11 +230,12 @@ class _Run:
     target: TargetProfile
     evidence: Evidence | None
     original: ir.Model
+    shared: Shared
     quantized: dict[int, tuple[ir.Model, Rewrite]] = field(default_factory=dict)
     distances: dict[int, tuple[ir.Model, float]] = field(default_factory=dict)
 
 
-def _asked(target: TargetProfile, recipe: Recipe) -> TargetProfile:
+def asked_of(target: TargetProfile, recipe: Recipe) -> TargetProfile:
     """Return `target` with one scale per tensor where the recipe asks for that."""
     step = recipe.quantize_step
     if step is None or step.per_channel is None or step.per_channel == target.weights_per_channel:
@@ -244,44 +268,71 @@ def _distance(run: _Run, model: ir.Model) -> float:
     return run.distances[id(model)][1]
 
 
-def _prepare(
-    run: _Run, model: ir.Model, step: EqualizeStep | SmoothStep | AbsorbBiasStep
-) -> tuple[ir.Model, AppliedStep]:
-    evidence = _known(run)
-    match step:
-        case EqualizeStep():
-            rewrite = equalize(model, step, run.target, channel_statistics(model, evidence))
-        case SmoothStep():
-            stats = channel_statistics(model, evidence, dict.fromkeys(tensors_to_smooth(model), -1))
-            rewrite = smooth(model, {k: np.maximum(-v.low, v.high) for k, v in stats.items()}, step)
-        case AbsorbBiasStep():
-            rewrite = absorb_bias(model, step, channel_statistics(model, evidence, activations_to_absorb(model)))
-        case _:
-            assert_never(step)
+def _once(run: _Run, model: ir.Model, step: Config, make: Callable[[], Rewrite]) -> Rewrite:
+    """Return what `make` gives for a float step on `model`, made once for all recipes that share it."""
+    key = (id(model), step.sha256, run.target.sha256)
+    if key not in run.shared.done:
+        run.shared.done[key] = (model, make())  # the model too: as long as it lives, its id is its own
+    return run.shared.done[key][1]
+
+
+def _prepare(run: _Run, model: ir.Model, step: BEFORE) -> tuple[ir.Model, AppliedStep]:
+    rewrite = _once(run, model, step, lambda: _prepared(run, model, step))
     before, after = (_distance(run, _quantized(run, m).model) for m in (model, rewrite.model))
     return _better(step.method, (model, before), (rewrite, after))
 
 
-def _mend(
-    run: _Run, model: ir.Model, reference: ir.Model, step: CorrectBiasStep | RoundWeightsStep
-) -> tuple[ir.Model, AppliedStep]:
+def _prepared(run: _Run, model: ir.Model, step: BEFORE) -> Rewrite:
+    evidence = _known(run)
+    match step:
+        case EqualizeStep():
+            return equalize(model, step, run.target, channel_statistics(model, evidence))
+        case SmoothStep():
+            stats = channel_statistics(model, evidence, dict.fromkeys(tensors_to_smooth(model), -1))
+            return smooth(model, {k: np.maximum(-v.low, v.high) for k, v in stats.items()}, step)
+        case AbsorbBiasStep():
+            return absorb_bias(model, step, channel_statistics(model, evidence, activations_to_absorb(model)))
+        case _:
+            assert_never(step)
+
+
+def _mend(run: _Run, model: ir.Model, reference: ir.Model, step: AFTER) -> tuple[ir.Model, AppliedStep]:
+    rewrite = _mended(run, model, reference, step, _known(run).fit)
+    before, after = _distance(run, model), _distance(run, rewrite.model)
+    return _better(step.method, (model, before), (rewrite, after))
+
+
+def _mended(run: _Run, model: ir.Model, reference: ir.Model, step: AFTER, samples: tuple[Tensors, ...]) -> Rewrite:
     evidence, quantize_step = _known(run), run.recipe.quantize_step
     assert quantize_step is not None  # noqa: S101 - check_order has looked
     if isinstance(step, CorrectBiasStep) and step.kind == "analytic":
         maps = channel_statistics(reference, evidence, dict.fromkeys(inputs_of_layers(reference, "Conv"), 1))
         rows = channel_statistics(reference, evidence, dict.fromkeys(inputs_of_layers(reference, "Gemm", "MatMul"), -1))
-        rewrite = correct_bias_analytically(model, reference, maps, rows)
-    else:
-        exact = run.target.power_of_two_scales
-        bits = run.target.weight_scheme(0, bits=quantize_step.weight_bits).width
-        refine = (
-            correct_bias
-            if isinstance(step, CorrectBiasStep)
-            else partial(round_weights, step=step, bits=bits, exact=exact)
-        )
-        rewrite = refine_layers(model, reference, evidence.fitted(step.samples), refine, step.positions)
-    before, after = _distance(run, model), _distance(run, rewrite.model)
-    return _better(step.method, (model, before), (rewrite, after))
+        return correct_bias_analytically(model, reference, maps, rows)
+    exact = run.target.power_of_two_scales
+    bits = run.target.weight_scheme(0, bits=quantize_step.weight_bits).width
+    refine = (
+        correct_bias if isinstance(step, CorrectBiasStep) else partial(round_weights, step=step, bits=bits, exact=exact)
+    )
+    return refine_layers(model, reference, evidence.first(samples, step.samples), refine, step.positions)
+
+
+def _of_all_samples(run: _Run, model: ir.Model, reference: ir.Model, kept: list[AFTER]) -> ir.Model:
+    """Return the model with the `kept` steps behind quantize made again from all samples, held-out ones too.
+
+    Held-out samples have done their work when it is decided what is kept; a third more samples make rounding better.
+    Where the steps did not use all the others, the model stays as it is.
+    """
+    evidence = _known(run)
+    everything = evidence.everything
+    if not kept or len(everything) == len(evidence.fit):
+        return model
+    if any(len(evidence.first(evidence.fit, step.samples)) < len(evidence.fit) for step in kept):
+        return model
+    model = _quantized(run, reference).model
+    for step in kept:
+        model = _mended(run, model, reference, step, everything).model
+    return model
 
 
 def _better(method: str, before: tuple[ir.Model, float], after: tuple[Rewrite, float]) -> tuple[ir.Model, AppliedStep]:

@@ -1,14 +1,16 @@
 """Automatic mixed precision: which layers get more than 8 bits, so that an error budget holds at the least cost.
 
-A pure search: layers come ranked by sensitivity, trials are the caller's. Layers are promoted from the most sensitive
-on, and how many is found by bisection; what turns out not to be needed is demoted again. An answer that says the
-budget holds was itself tried.
+A pure search: layers come ranked by sensitivity, trials are the caller's, and so is the budget: a trial says whether
+it holds, be that a number or a gate's decision. Layers are promoted from the most sensitive on, and how many is found
+by bisection; what turns out not to be needed is demoted again. An answer that says the budget holds was itself tried.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from qcore.canonical import Json
+from qcore.pareto.front import pareto_front
 from qcore.target import Precision
 
 LADDER: tuple[Precision, ...] = ("int16", "float16", "float")
@@ -21,10 +23,15 @@ Assignment = Mapping[str, Precision]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """What one assignment costs: `error` in the unit of the budget, file size, and latency where it was measured."""
+    """What one assignment costs: error, file size, and latency where it was measured.
+
+    `holds` says whether the budget does; `error` tells which of two that do not is nearer. It is infinite, and the
+    size 0, where the model gives no finite numbers.
+    """
 
     error: float
     size_bytes: int
+    holds: bool
     latency_ms: float | None = None
 
 
@@ -40,36 +47,43 @@ class Attempt:
 class PrecisionSearch:
     """The end of a search.
 
-    Invariant: `chosen` is among `attempts`, and if the budget is `met`, `chosen.trial.error <= max_error`. If not, it
-    is the attempt of least error. `why` says in words what was chosen and why the search stopped.
+    Invariant: `chosen` is among `attempts`, and if the budget is `met`, `chosen.trial.holds`. If not, it is the attempt
+    of least error. `budget` says in words what had to hold, `why` what was chosen and why the search stopped.
     """
 
     met: bool
-    max_error: float
+    budget: str
     chosen: Attempt
     attempts: tuple[Attempt, ...]
     why: str
 
     @property
-    def pareto(self) -> tuple[Attempt, ...]:
-        """The attempts that no other one beats in error, size and latency at once, smallest file first."""
-        front = [a for a in self.attempts if not any(_dominates(b.trial, a.trial) for b in self.attempts)]
-        return tuple(sorted(front, key=lambda a: (a.trial.size_bytes, a.trial.error)))
+    def pareto(self) -> tuple[int, ...]:
+        """The positions of the attempts that no other one beats in error, size and latency at once."""
+        return pareto_front([a.trial for a in self.attempts])
 
     def to_json(self) -> Json:
-        """Return the JSON form; the Pareto front as positions in `attempts`."""
-        value = asdict(self)
-        return {**value, "pareto": [self.attempts.index(a) for a in self.pareto]}
+        """Return the JSON form; `chosen` and the Pareto front as positions in `attempts`, an infinite error as null."""
+        attempts = [{"precision": dict(a.precision), **_trial_json(a.trial)} for a in self.attempts]
+        position = self.attempts.index(self.chosen)
+        return {
+            "met": self.met,
+            "budget": self.budget,
+            "why": self.why,
+            "attempts": attempts,
+            "chosen": position,
+            "pareto": list(self.pareto),
+        }
 
 
 def search_precision(
     ranked: Sequence[str],
     run: Callable[[Assignment], Trial],
     precisions: Sequence[Precision],
-    max_error: float,
+    budget: str,
     max_demotions: int = MAX_DEMOTIONS,
 ) -> PrecisionSearch:
-    """Return the assignment of least promotion found whose error is at most `max_error`.
+    """Return the assignment of least promotion found that holds the budget.
 
     With n layers and p precisions at most `1 + p (2 + log2 n) + max_demotions` trials run, none twice.
 
@@ -77,23 +91,31 @@ def search_precision(
         ranked: layers, the most sensitive first.
         run: tries an assignment; layers that it does not name run in int8.
         precisions: what the device knows besides int8.
-        max_error: the budget, in the unit of `Trial.error`.
+        budget: in words, what a trial holds.
         max_demotions: most trials that take back single promotions.
     """
-    search = _Search(ranked=tuple(ranked), run=run, max_error=max_error, attempts={})
+    search = _Search(ranked=tuple(ranked), run=run, budget=budget, attempts={})
     levels: list[Precision | None] = [None, *(p for p in LADDER if p in precisions)]
     top = next((k for k in range(len(levels)) if _holds(search, _all_at(search.ranked, levels[k]))), None)
     if top is None:
         best = min(search.attempts.values(), key=lambda a: a.trial.error)
         allowed = ", ".join(str(p) for p in levels[1:]) or "nothing"
-        why = f"the budget does not hold with all layers promoted; the device allows {allowed} besides int8"
+        why = (
+            f"{budget} does not hold with all layers promoted; the device allows {allowed} besides int8 "
+            f"(least error {best.trial.error:.4g})"
+        )
         return _finished(search, best.precision, False, why)
     assignment = _fewest(search, levels[: top + 1])
     assignment = _demoted(search, assignment, max_demotions)
-    counts = ", ".join(f"{list(assignment.values()).count(p)} in {p}" for p in LADDER if p in assignment.values())
-    why = f"{counts} of {len(ranked)} layers" if counts else "int8 everywhere"
-    error = _tried(search, assignment).trial.error
-    return _finished(search, assignment, True, f"{why}: error {error:.4g}, budget {max_error:.4g}")
+    error, why = _tried(search, assignment).trial.error, in_words(assignment, len(ranked))
+    return _finished(search, assignment, True, f"{why}: error {error:.4g}, {budget}")
+
+
+def in_words(assignment: Assignment, layers: int) -> str:
+    """Return how many of all `layers` run in what."""
+    precisions = list(assignment.values())
+    counts = ", ".join(f"{precisions.count(p)} in {p}" for p in LADDER if p in precisions)
+    return f"{counts} of {layers} layers" if counts else "int8 everywhere"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +124,7 @@ class _Search:
 
     ranked: tuple[str, ...]
     run: Callable[[Assignment], Trial]
-    max_error: float
+    budget: str
     attempts: dict[tuple[tuple[str, Precision], ...], Attempt]
 
 
@@ -115,7 +137,7 @@ def _tried(search: _Search, assignment: Assignment) -> Attempt:
 
 
 def _holds(search: _Search, assignment: Assignment) -> bool:
-    return _tried(search, assignment).trial.error <= search.max_error
+    return _tried(search, assignment).trial.holds
 
 
 def _all_at(nodes: Sequence[str], level: Precision | None) -> dict[str, Precision]:
@@ -153,16 +175,12 @@ def _demoted(search: _Search, assignment: dict[str, Precision], most: int) -> di
 def _finished(search: _Search, assignment: Assignment, met: bool, why: str) -> PrecisionSearch:
     return PrecisionSearch(
         met=met,
-        max_error=search.max_error,
+        budget=search.budget,
         chosen=_tried(search, assignment),
         attempts=tuple(search.attempts.values()),
         why=why,
     )
 
 
-def _dominates(a: Trial, b: Trial) -> bool:
-    """Say whether `a` is at least as good as `b` in all that was measured of both, and better in something."""
-    pairs = [(a.error, b.error), (a.size_bytes, b.size_bytes)]
-    if a.latency_ms is not None and b.latency_ms is not None:
-        pairs.append((a.latency_ms, b.latency_ms))
-    return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
+def _trial_json(trial: Trial) -> Json:
+    return {**asdict(trial), "error": trial.error if math.isfinite(trial.error) else None}

@@ -36,9 +36,15 @@ class Evidence:
     batch: int
     task: Literal["classification", "none"]
 
-    def fitted(self, samples: int) -> tuple[Tensors, ...]:
-        """Return the first batches of `fit` that hold at least `samples` samples, or all."""
-        return self.fit[: -(-samples // self.batch)]
+    @property
+    def everything(self) -> tuple[Tensors, ...]:
+        """The batches of `fit`, then those of `held_out` that are not among them."""
+        known = {id(batch) for batch in self.fit}
+        return self.fit + tuple(batch for batch in self.held_out if id(batch) not in known)
+
+    def first(self, batches: tuple[Tensors, ...], samples: int) -> tuple[Tensors, ...]:
+        """Return the first of `batches` that hold at least `samples` samples, or all."""
+        return batches[: -(-samples // self.batch)]
 
 
 def channel_statistics(

@@ -97,6 +97,14 @@ def load_target(name: str) -> TargetProfile:
     return load_config(shipped_or_file(name, PROFILES, "target"), TargetProfile, "target profile")
 
 
+def is_host(target: TargetProfile) -> bool:
+    """Say whether `target` is the profile of this machine, so that latencies measured here are the device's."""
+    try:
+        return load_target("host").name == target.name
+    except ConfigError:  # no shipped profile is for this architecture
+        return False
+
+
 def host_target(machine: str, flags: frozenset[str]) -> str:
     """Return the name of the profile for a CPU: `machine` as in `platform.machine()`, `flags` as in /proc/cpuinfo.
 

@@ -1,4 +1,7 @@
-"""The verbs that say where accuracy goes: `layers` for a quantized model, `sensitivity` before there is one."""
+"""The verbs that say where accuracy goes, and `mixed`, which spends bits there.
+
+`layers` is for a quantized model, `sensitivity` comes before there is one.
+"""
 
 from enum import StrEnum
 from pathlib import Path
@@ -8,12 +11,13 @@ import typer
 
 from qcore import steps
 from qcore.cli import options as opt
-from qcore.cli.output import percent, print_json, print_table, progress
+from qcore.cli.output import percent, print_json, print_table, progress, size
 
 if TYPE_CHECKING:
     from qcore.layers.report import LayerReport
 
 _SHOWN = 15
+_MISSED = 3
 
 
 def layers(
@@ -84,6 +88,82 @@ def sensitivity(
     print_table(f"{title}{result.samples} samples)", ("layer", "op", "error", "of the sum"), rows)
     print(f"error: {result.measure}, with this layer alone in {result.precision}")
     print(out)
+
+
+def mixed(
+    model: opt.Model,
+    data: opt.Data,
+    out: opt.Out,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Most top-1 that may be lost, as a share of 1; 0.01 where the data have labels."),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(help="Instead, without labels: largest normalised mean square error of the outputs."),
+    ] = None,
+    target: opt.Target = "host",
+    recipe: opt.Recipe = "int8",
+    split: opt.CalibrationSplit = "calibration",
+    judged_on: Annotated[
+        str | None,
+        typer.Option(help="Split that trials are judged on; default: validation, or evaluation where there is none."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples rank the layers.")] = 32,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Give more than 8 bits to the fewest layers found that hold an accuracy budget. Resumes where it was killed.
+
+    Exit code 3 if the budget does not hold: then no model is written, but OUT.pareto.html and OUT.pareto.json are.
+    """
+    with progress() as report:
+        result = steps.mixed_precision(
+            model=model,
+            data=data,
+            out=out,
+            max_drop=max_drop,
+            max_error=max_error,
+            target=target,
+            recipe=recipe,
+            split=split,
+            judged_on=judged_on,
+            samples=samples,
+            progress=report,
+        )
+    if as_json:
+        print_json({**result.to_json(), "output": str(out), "report": str(result.report), "page": str(result.page)})
+    else:
+        _print_mixed(result)
+    if not result.found.search.met:
+        raise typer.Exit(_MISSED)
+
+
+def _print_mixed(result: steps.MixedSummary) -> None:
+    """Print the trials that nothing beats, then the layers that got more bits, and what was written."""
+    search = result.found.search
+    chosen = search.attempts.index(search.chosen)
+    timed = search.chosen.trial.latency_ms is not None
+    rows = []
+    for k in sorted({*search.pareto, chosen}, key=lambda k: search.attempts[k].trial.error):
+        trial = search.attempts[k].trial
+        latency = "" if trial.latency_ms is None else f"{trial.latency_ms:.2f} ms"
+        cells = (result.words(k), f"{trial.error:.4g}", size(trial.size_bytes), *([latency] if timed else []))
+        rows.append((*cells, "holds" if trial.holds else "does not", "<-" if k == chosen else ""))
+    columns = ("precisions", "error", "size", *(["latency"] if timed else []), "budget", "chosen")
+    title = f"Pareto front of {len(search.attempts)} trials on {result.samples} samples of {result.judged_on}"
+    print_table(title, columns, rows)
+    promoted = [s for s in result.found.layers if s.node in search.chosen.precision]
+    shown = [(s.node, s.op_type, f"{s.error:.3g}", search.chosen.precision[s.node]) for s in promoted[:_SHOWN]]
+    if shown:
+        more = f"; {len(shown)} of {len(promoted)} shown" if len(promoted) > len(shown) else ""
+        print_table(f"Layers in more bits{more}", ("layer", "op", "sensitivity", "runs in"), shown)
+    print(f"error: {result.measure}")
+    print(search.why)
+    if result.written is None:
+        print("no model written; allow more in the budget, or train: qcore finetune --method qat")
+    else:
+        print(f"{result.written.output}: {size(result.written.size_bytes)}")
+    print(f"{result.page}\n{result.report}")
 
 
 def _print_layers(report: "LayerReport") -> None:

@@ -1,6 +1,7 @@
 """`qcore`: the verbs, and the one place where an error becomes a line and an exit code.
 
-Exit codes: 0 done, 1 error (one line), 2 usage (one line), 3 the gate did not pass, 130 interrupted.
+Exit codes: 0 done, 1 error (one line), 2 usage (one line), 3 the gate did not pass or a budget does not hold,
+130 interrupted.
 """
 
 import sys
@@ -34,6 +35,7 @@ app.command("lint")(lint.lint)
 app.command("evaluate")(model.evaluate)
 app.command("layers")(layers.layers)
 app.command("sensitivity")(layers.sensitivity)
+app.command("mixed")(layers.mixed)
 app.command("gate")(model.gate)
 app.command("package")(model.package)
 app.command("publish")(model.publish)

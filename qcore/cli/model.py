@@ -50,7 +50,10 @@ def compress(
     policy: opt.Policy = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Apply a whole recipe, calibrating where a step needs it; `auto` tries recipes until one passes the policy."""
+    """Apply a whole recipe, calibrating where a step needs it.
+
+    `auto` tries recipes, cheapest first, until one passes the policy, and resumes where it was killed.
+    """
     if recipe == AUTO:
         _compress_auto(model=model, data=data, out=out, target=target, split=split, policy=policy, as_json=as_json)
         return
@@ -75,10 +78,21 @@ def _compress_auto(
     if as_json:
         print_json(result.to_json())
         return
-    rows = [(a.recipe, f"{a.error:.4f}", size(a.size_bytes), a.outcome, a.reason) for a in result.climb.attempts]
-    print_table(f"Ladder, judged on {result.judged_on}", ("recipe", "held-out error", "size", "gate", "why"), rows)
+    _print_ladder(result)
     _print_summary(result.written, as_json)
     print(f"stopped: {result.climb.why}")
+
+
+def _print_ladder(result: steps.AutoSummary) -> None:
+    climb = result.climb
+    timed = any(a.latency_ms is not None for a in climb.attempts)
+    rows = []
+    for k, a in enumerate(climb.attempts):
+        latency = [] if not timed else ["" if a.latency_ms is None else f"{a.latency_ms:.2f} ms"]
+        marks = ("chosen" if k == climb.chosen else "") + ("*" if k in climb.pareto else "")
+        rows.append((a.recipe, f"{a.error:.4f}", size(a.size_bytes), *latency, a.outcome, a.reason, marks))
+    columns = ("recipe", "held-out error", "size", *(["latency"] if timed else []), "gate", "why", "")
+    print_table(f"Ladder, judged on {result.judged_on}; * nothing beats it in all columns", columns, rows)
 
 
 def evaluate(

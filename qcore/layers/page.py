@@ -1,38 +1,23 @@
 """The layer report as one HTML page: plots, verdicts, and a table that sorts; it loads nothing from anywhere.
 
-The same report gives the same bytes: the plots carry no date, and their internal names come from a fixed salt.
+The same report gives the same bytes.
 """
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-import matplotlib as mpl
-from matplotlib.figure import Figure
 
 from qcore.layers.report import ACCUMULATED_DB, CORE, LOCAL_DB, LayerError, LayerReport
 from qcore.numerics.error import SQNR_LIMIT
+from qcore.plots import svg_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 COLORS = {"local": "#c0392b", "accumulated": "#d98e04", "fine": "#2e7d5b"}
-_STYLE: Any = {  # the stubs of rc_context name every setting
-    "svg.hashsalt": "qcore",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#8a939b",
-    "axes.labelcolor": "#3a444c",
-    "xtick.color": "#5b666e",
-    "ytick.color": "#5b666e",
-    "grid.color": "#e6eaed",
-}
 _WIDTH, _SHOWN_DB = 11.0, 60.0
 
 
@@ -64,15 +49,12 @@ def _share(value: float) -> str:
 
 def _svg(layers: Sequence[LayerError], draw: Any, height: float) -> str:
     """Return the plot that `draw` makes of `layers` as an SVG element."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        axes = figure.subplots()
+
+    def draw_all(axes: "Axes") -> None:
         draw(axes, layers)
         _name_layers(axes, layers)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+
+    return svg_of(draw_all, width=_WIDTH, height=height)
 
 
 def _draw_sqnr(axes: "Axes", layers: Sequence[LayerError]) -> None:

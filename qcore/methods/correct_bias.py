@@ -33,7 +33,7 @@ class CorrectBiasStep(Config):
 
     method: Literal["correct-bias"] = "correct-bias"
     kind: Literal["empirical", "analytic"] = "empirical"
-    samples: int = Field(default=64, ge=1)
+    samples: int = Field(default=128, ge=1)
     positions: int = Field(default=64, ge=1)
 
 

@@ -365,7 +365,7 @@ def measure_latency(
         fed: one sample, real numbers as inputs of every model; quantized before the clock starts.
         budget_s: stop after about this many seconds in all, but not before 20 rounds.
         warmup: untimed calls of each.
-        max_runs: most timed rounds.
+        max_runs: most timed rounds, at least 1.
     """
     times: list[list[float]] = [[] for _ in models]
     feds = [encoded(model, fed) for model in models]
@@ -373,7 +373,7 @@ def measure_latency(
         for _ in range(warmup):
             model.predict(inputs)
     end = time.perf_counter() + budget_s
-    while len(times[0]) < 20 or (len(times[0]) < max_runs and time.perf_counter() < end):
+    while len(times[0]) < min(20, max_runs) or (len(times[0]) < max_runs and time.perf_counter() < end):
         for k, model in enumerate(models):
             start = time.perf_counter_ns()
             model.predict(feds[k])

@@ -22,8 +22,11 @@ from qcore.steps.layers import layer_paths as layer_paths
 from qcore.steps.layers import layers as layers
 from qcore.steps.lint import LintReport as LintReport
 from qcore.steps.lint import lint as lint
+from qcore.steps.precision import MixedSummary as MixedSummary
+from qcore.steps.precision import mixed_precision as mixed_precision
+from qcore.steps.precision import pareto_paths as pareto_paths
 from qcore.steps.release import package as package
 from qcore.steps.release import publish as publish
-from qcore.steps.search import journal_path as journal_path
-from qcore.steps.search import mixed_precision as mixed_precision
 from qcore.steps.search import sensitivity as sensitivity
+from qcore.steps.tries import journal_path as journal_path
+from qcore.steps.tries import models_path as models_path

@@ -137,13 +137,20 @@ def compress(
 
 def gathered(model: "ir.Model", dataset: "Dataset", samples: bool, progress: Progress) -> "Evidence":
     """Return what recipes may ask of `dataset`: one sample in four is held out; none are read unless `samples`."""
+    from qcore.canonical import sha256_bytes
     from qcore.data.dataset import batches
     from qcore.graph.io import serialize_model
     from qcore.recovery import Evidence
     from qcore.runtime import ort
 
+    tables: dict[Digest, CalibrationTable] = {}  # recipes often quantize the same float model
+
     def table(current: "ir.Model") -> "CalibrationTable":
-        return count_table(serialize_model(current), current, dataset, CALIBRATION_BINS, progress)
+        raw = serialize_model(current)
+        digest = sha256_bytes(raw)
+        if digest not in tables:
+            tables[digest] = count_table(raw, current, dataset, CALIBRATION_BINS, progress)
+        return tables[digest]
 
     loaded = ort.load(serialize_model(model))
     size = loaded.fixed_batch or RECOVERY_BATCH

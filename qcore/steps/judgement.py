@@ -1,6 +1,7 @@
 """Judgement on files: evaluate a candidate against its baseline, then decide and sign."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,17 @@ from qcore.steps.guard import Progress, refuse_overwrite, silent
 
 if TYPE_CHECKING:
     from qcore.data.dataset import Dataset
-    from qcore.report import EvaluationReport, GateDecision
-    from qcore.runtime.ort import Loaded
+    from qcore.evaluation import PairedResult
+    from qcore.report import EvaluationReport, GateDecision, Latency
+    from qcore.runtime.ort import Loaded, Predict
 
 EVALUATION_BATCH = 8
+ANSWER_BYTES = 1 << 27
+"""How much of a float model's outputs is kept while several candidates are held against it."""
+TIMING: Mapping[str, Any] = {"budget_s": 2.0}
+BRIEF: Mapping[str, Any] = {"budget_s": 0.5}
+ONE_RUN: Mapping[str, Any] = {"budget_s": 0.0, "warmup": 0, "max_runs": 1}
+"""How latency is measured: for a decision, for a curve, and where nobody asks but a report has to hold one."""
 
 
 def evaluate(
@@ -44,22 +52,85 @@ def report_on(
 
     Accuracy is that of integer kernels that do not saturate (`load_exact`), latency that of the runtime as it comes.
     """
-    from qcore.evaluation import evaluate as evaluate_pair
-    from qcore.report import EvaluationReport, MeasuredData
     from qcore.runtime import ort
 
-    ours, theirs = (ort.load_exact(raw, name=name) for raw, name in (candidate, baseline))
+    theirs = ort.load_exact(baseline[0], name=baseline[1])
+    judge = Judge(raw=baseline[0], dataset=dataset, timing=TIMING, baseline=theirs, answers=None, progress=progress)
+    return judged(judge, *candidate)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judge:
+    """What several candidates are held against: a float model on the same samples.
+
+    `timing` are options of `measure_latency`; `answers` are the outputs of `baseline` batch by batch, where they are
+    few enough to be kept.
+    """
+
+    raw: bytes
+    dataset: "Dataset"
+    timing: Mapping[str, Any]
+    baseline: "Loaded"
+    answers: tuple[Mapping[str, Any], ...] | None
+    progress: Progress
+
+
+def judge_of(raw: bytes, dataset: "Dataset", timing: Mapping[str, Any], progress: Progress) -> Judge:
+    """Return the judge of candidates made from the float model `raw`, which runs over `dataset` once."""
+    from qcore.runtime import ort
+
+    loaded = ort.load_exact(raw, name="the float model")
+    predict, answers, size = ort.on_samples(loaded), [], 0
+    for _, fed, _ in _fed(dataset, loaded, progress, "running the float model"):
+        answers.append(predict(fed))
+        size += sum(v.nbytes for v in answers[-1].values())
+        if size > ANSWER_BYTES:
+            break
+    kept = tuple(answers) if size <= ANSWER_BYTES else None
+    return Judge(raw=raw, dataset=dataset, timing=timing, baseline=loaded, answers=kept, progress=progress)
+
+
+def judged(judge: Judge, candidate: bytes, name: str) -> "EvaluationReport":
+    """Return the report on the model `candidate`, which messages call `name`."""
+    from qcore.evaluation import evaluate as evaluate_pair
+    from qcore.runtime import ort
+
+    ours, theirs, dataset = ort.load_exact(candidate, name=name), judge.baseline, judge.dataset
     names = [sorted(p.name for p in loaded.inputs) for loaded in (ours, theirs)]
     if names[0] != names[1]:
         raise ModelError(
-            f"{candidate[1]} has inputs {names[0]}, the baseline {names[1]}; allowed: equal names; pass the model that "
-            "it was made from"
+            f"{name} has inputs {names[0]}, the baseline {names[1]}; allowed: equal names; pass the model that it was "
+            "made from"
         )
-    result = evaluate_pair(ort.on_samples(ours), ort.on_samples(theirs), _fed(dataset, theirs, progress))
-    latencies = _latencies([candidate[0], baseline[0]], dataset, progress)
+    fed = _fed(dataset, theirs, judge.progress, "evaluating")
+    return _report(judge, candidate, evaluate_pair(ort.on_samples(ours), _recalled(judge), fed))
+
+
+def judged_itself(judge: Judge) -> "EvaluationReport":
+    """Return the report on the float model against itself: the best that a candidate can be expected to do."""
+    import numpy as np
+
+    from qcore.evaluation import evaluate as evaluate_pair
+
+    if judge.answers is None:
+        return judged(judge, judge.raw, "the float model")
+    size, dataset = judge.baseline.fixed_batch or EVALUATION_BATCH, judge.dataset
+    fed: list[tuple[Any, Any, Any]] = []  # what goes in does not matter: the answers are known
+    for start in range(0, dataset.n, size):
+        labels = None if dataset.labels is None else np.array(dataset.labels[start : start + size], np.int64)
+        fed.append((np.array(dataset.indices[start : start + size], np.int64), {}, labels))
+    return _report(judge, judge.raw, evaluate_pair(_recalled(judge), _recalled(judge), fed))
+
+
+def _report(judge: Judge, candidate: bytes, result: "PairedResult") -> "EvaluationReport":
+    from qcore.report import EvaluationReport, MeasuredData
+    from qcore.runtime import ort
+
+    dataset = judge.dataset
+    latencies = _latencies([candidate, judge.raw], dataset, judge.timing, judge.progress)
     return EvaluationReport(
-        model=_measured(candidate[0], latencies[0]),
-        baseline=_measured(baseline[0], latencies[1]),
+        model=_measured(candidate, latencies[0]),
+        baseline=_measured(judge.raw, latencies[1]),
         data=MeasuredData(name=dataset.card.name, split=dataset.split, task=dataset.card.task, sha256=dataset.sha256),
         n=result.n,
         metrics=result.metrics,
@@ -68,6 +139,16 @@ def report_on(
         runtime=ort.runtime_identity(),
         qcore_version=__version__,
     )
+
+
+def _recalled(judge: Judge) -> "Predict":
+    """Return the baseline as a function; what it was seen to answer is given again, in the order of the batches."""
+    from qcore.runtime import ort
+
+    if judge.answers is None:
+        return ort.on_samples(judge.baseline)
+    answers = iter(judge.answers)
+    return lambda fed: dict(next(answers))
 
 
 def gate(*, report: Path, out: Path, key: Path, policy: Path | None = None) -> "GateDecision":
@@ -110,7 +191,7 @@ def load_report(path: Path) -> "EvaluationReport":
         raise GateRefused(f"{path} is not an evaluation report ({e}); run `qcore evaluate`") from e
 
 
-def _fed(dataset: "Dataset", model: "Loaded", progress: Progress) -> Iterator[tuple[Any, Any, Any]]:
+def _fed(dataset: "Dataset", model: "Loaded", progress: Progress, what: str) -> Iterator[tuple[Any, Any, Any]]:
     from qcore.data.dataset import batches
     from qcore.runtime import ort
 
@@ -118,17 +199,19 @@ def _fed(dataset: "Dataset", model: "Loaded", progress: Progress) -> Iterator[tu
     for batch in batches(dataset, model.fixed_batch or EVALUATION_BATCH):
         yield batch.index, ort.samples(model, batch), batch.y
         done += len(batch.index)
-        progress("evaluating", done, dataset.n)
+        progress(what, done, dataset.n)
 
 
-def _latencies(files: list[bytes], dataset: "Dataset", progress: Progress) -> list[Any]:
+def _latencies(
+    files: list[bytes], dataset: "Dataset", timing: Mapping[str, Any], progress: Progress
+) -> "list[Latency]":
     from qcore.data.dataset import batches
     from qcore.runtime import ort
 
     progress("measuring latency", 0, 1)
     models = [ort.load(raw, threads=1) for raw in files]
     sample = next(batches(dataset, models[0].fixed_batch or 1))
-    result = ort.measure_latency(models, ort.samples(models[1], sample))
+    result = ort.measure_latency(models, ort.samples(models[1], sample), **timing)
     progress("measuring latency", 1, 1)
     return result
 
