@@ -18,7 +18,9 @@ from qcore.compression import Recipe, check_order, compress, load_recipe
 from qcore.config import check_config
 from qcore.errors import ConfigError
 from qcore.graph.io import serialize_model
+from qcore.methods.correct_bias import correct_bias
 from qcore.recovery import output_distance
+from qcore.refinement import refine_layers
 from qcore.target import load_target
 
 MENDING = [
@@ -50,14 +52,27 @@ def test_recovery_never_takes_a_model_further_from_float(recipe, target):
     before = serialize_model(model)
     made = compress(model, loaded, load_target(target), evidence)
     assert serialize_model(model) == before
-    unmended = output_distance(compress(model, plain, load_target(target), evidence).model, model, evidence)
-    assert made.error == output_distance(made.model, model, evidence)
-    assert made.error < unmended
+    bare = compress(model, plain, load_target(target), evidence).model
+    assert made.error < output_distance(bare, model, evidence)
+    fresh = replace(evidence, held_out=({"x": images(64, seed=6)},))
+    assert output_distance(made.model, model, fresh) < output_distance(bare, model, fresh)
     read(made.model)
     for step in made.steps:
         if step.error_after is not None:
             assert step.kept == (step.error_after < step.error_before)
             assert bool(step.changed) == step.kept
+
+
+def test_what_is_kept_is_made_again_from_all_samples():
+    model, evidence, target = parsed(outlier_net()), evidence_of(images()), load_target("x86-vnni")
+    made = compress(model, recipe_with({"method": "correct-bias"}, weight_bits=4), target, evidence)
+    assert step_of(made, "correct-bias").kept
+    bare = compress(model, recipe_with(weight_bits=4), target, evidence)
+    again = refine_layers(bare.model, made.reference, evidence.fit + evidence.held_out, correct_bias, 64)
+    assert serialize_model(made.model) == serialize_model(again.model)
+    few = recipe_with({"method": "correct-bias", "samples": 8}, weight_bits=4)
+    asked = refine_layers(bare.model, made.reference, evidence.fit[:1], correct_bias, 64)
+    assert serialize_model(compress(model, few, target, evidence).model) == serialize_model(asked.model)
 
 
 def test_powers_of_two_stay_powers_of_two():
