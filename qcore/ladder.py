@@ -62,8 +62,8 @@ def rungs(target: TargetProfile) -> tuple[Recipe, ...]:
         ("per-channel" if target.weights_per_channel else "per-tensor", [], plain, []),
         ("min-max", [], {"method": "quantize", "ranges": "min-max"}, []),
         ("correct-bias", [], plain, ["correct-bias"]),
-        ("equalize", ["equalize"], plain, ["correct-bias"]),
-        ("round-weights", ["equalize"], plain, ["round-weights"]),
+        ("equalize", ["equalize", "smooth"], plain, ["correct-bias"]),
+        ("round-weights", ["equalize", "smooth"], plain, ["round-weights"]),
     ]
     return tuple(recipe_of(f"auto-{name}", before, step, after) for name, before, step, after in ladder)
 
