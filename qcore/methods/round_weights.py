@@ -18,8 +18,12 @@ from qcore.numerics.shrinkage import choose_ridge, choose_shrinkage, pulled, shr
 
 Array = NDArray[np.float64]
 FEW_BITS = 6
-"""Up to this many, all levels are used, the lowest too, and smaller steps are tried."""
+"""Up to this many, all levels are used, the lowest too."""
 CUTS = (1.0, 0.9, 0.8, 0.7, 0.6)
+"""What steps are multiplied by for few bits."""
+SHARED_CUTS = (1.0, 0.85, 0.7)
+"""The same where all outputs share one, which the largest weight of all sets."""
+HALVED = (1.0, 0.5)
 _FAR = 4.0  # a scale stays this near to the one that quantize chose, which also had the bias in mind
 
 
@@ -31,8 +35,8 @@ class RoundWeightsStep(Config):
     variance of the inputs (None: the float weights are rounded as they are). `shrinkage` is how far the covariance of
     the inputs is drawn to its diagonal. `auto` chooses both for each layer on halves of the samples. `shrink` lists
     what the scales of the weights are multiplied by; the factor that serves a layer's outputs best is taken, for each
-    scale; None means 0.6 to 1 for few bits and 1 else. `gain` is how far the scales then make up for outputs that
-    fade, 0 to 1. Powers of two stay such.
+    scale; None means smaller steps too where levels are scarce (few bits, or one scale for all outputs), else 1. `gain`
+    is how far the scales then make up for outputs that fade, 0 to 1. Powers of two stay such.
     """
 
     method: Literal["round-weights"] = "round-weights"
@@ -55,7 +59,7 @@ def round_weights(
     levels = (-top - (bits <= FEW_BITS), top)
     wanted = pulled(layer.wanted, moments, choose_ridge(layer.wanted, moments) if step.pull == "auto" else step.pull)
     scale = layer.scale if exact else _covering(layer, wanted, levels)
-    factors = step.shrink or (CUTS if bits <= FEW_BITS else (1.0,))
+    factors = step.shrink or _usual_cuts(layer, bits, exact)
     if exact:
         factors = tuple(f for f in factors if np.frexp(f)[0] == 0.5) or (1.0,)
     share = choose_shrinkage(wanted, moments, scale, levels) if step.shrinkage == "auto" else step.shrinkage
@@ -64,6 +68,14 @@ def round_weights(
     if step.gain and not exact:
         best = restored_gain(best, moments, step.gain)
     return best, corrected_bias(best.integers, best.scale, moments)
+
+
+def _usual_cuts(layer: GridLayer, bits: int, exact: bool) -> tuple[float, ...]:
+    if exact:
+        return HALVED
+    if bits <= FEW_BITS:
+        return CUTS
+    return SHARED_CUTS if layer.shared else (1.0,)
 
 
 def _covering(layer: GridLayer, wanted: Array, levels: tuple[int, int]) -> Array:
