@@ -6,9 +6,7 @@ model is somebody else's job (`runtime/ort.py`); this file only counts.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,23 @@ from numpy.typing import NDArray
 from qcore.canonical import Digest, Json, sha256_json
 from qcore.errors import CalibrationError
 from qcore.files import write_json
-from qcore.numerics.stats import DEFAULT_BINS, DEFAULT_DECAY, TensorStats, add_sample, average_weight, merge_stats
+from qcore.numerics.stats import (
+    DEFAULT_BINS,
+    DEFAULT_DECAY,
+    TensorStats,
+    add_sample,
+    average_weight,
+    merge_stats,
+)
 
 Tensors = Mapping[str, NDArray[Any]]
 Positions = tuple[tuple[int, int], ...]
 """Places in a split, from 0: ascending ranges [start, end) that do not touch."""
 
-TABLE_SCHEMA = "qcore.calibration/2"
+DEFAULT_VALUES = 1 << 14
+"""How many values of a tensor one sample puts into the histogram, about: more cost time and change no range."""
+
+TABLE_SCHEMA = "qcore.calibration/3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +41,8 @@ class CalibrationOptions:
     """What decides a table besides model and data.
 
     `bins` is the histogram resolution; `decay` what a sample's weight in the moving average is multiplied by with
-    each sample after it; `tensors` the patterns that chose the tensors (empty: all); `batch` the samples per run.
+    each sample after it; `tensors` the patterns that chose the tensors (empty: all); `batch` the samples per run;
+    `values` about how many values of a tensor and sample the histogram counts at most.
 
     Raises:
         CalibrationError: a value out of range.
@@ -43,9 +52,12 @@ class CalibrationOptions:
     decay: float = DEFAULT_DECAY
     tensors: tuple[str, ...] = ()
     batch: int = 1
+    values: int = DEFAULT_VALUES
 
     def __post_init__(self) -> None:
-        """Hold 16 <= bins <= 65536 and 0 <= decay < 1."""
+        """Hold 16 <= bins <= 65536, 0 <= decay < 1 and values >= 1."""
+        if self.values < 1:
+            raise CalibrationError(f"values is {self.values}; allowed: 1 or more; {DEFAULT_VALUES} suits 8 bits")
         if not 16 <= self.bins <= 1 << 16:
             raise CalibrationError(f"bins is {self.bins}; allowed: 16 to 65536; 2048 suits 8 bits")
         if not 0 <= self.decay < 1:
@@ -53,7 +65,8 @@ class CalibrationOptions:
 
     def to_json(self) -> Json:
         """Return the JSON form."""
-        return {"bins": self.bins, "decay": self.decay, "tensors": list(self.tensors), "batch": self.batch}
+        own = {"bins": self.bins, "decay": self.decay, "batch": self.batch, "values": self.values}
+        return {**own, "tensors": list(self.tensors)}
 
 
 _DEFAULT_OPTIONS = CalibrationOptions()
@@ -63,7 +76,7 @@ _DEFAULT_OPTIONS = CalibrationOptions()
 class Shard:
     """What one process counts of a split of `size` samples: those at places `start` to `stop - 1`.
 
-    `threads` count at a time, 0 for one per core; they do not change the result.
+    The model runs in `threads` threads, 0 for one per core; they do not change the result.
     """
 
     size: int
@@ -140,17 +153,16 @@ def calibrate(
     stats: dict[str, TensorStats] = {}
     end = shard.start
     weights: tuple[int, ...] = ()
-    with ThreadPoolExecutor(shard.threads or len(os.sched_getaffinity(0))) as pool:
-        for n, tensors in activations:
-            if n:
-                weights = tuple(average_weight(end + k, shard.size, options.decay) for k in range(n))
-                end += n
-            place = _Place(weights=weights, end=end, bins=options.bins)
-            # The largest first, so that the threads end together.
-            sizes = sorted(((-x.size, name) for name, x in tensors.items() if x.size))
-            jobs = {name: pool.submit(_count, stats.get(name), name, tensors[name], place) for _, name in sizes}
-            del tensors  # or it would live while the next one is made
-            stats |= {name: job.result() for name, job in jobs.items()}
+    for n, tensors in activations:
+        if n:
+            weights = tuple(average_weight(end + k, shard.size, options.decay) for k in range(n))
+            end += n
+        place = _Place(weights=weights, end=end, options=options)
+        # One after the other: counting holds the interpreter's lock, and threads would only wait for each other.
+        for name, x in tensors.items():
+            if x.size:
+                stats[name] = _count(stats.get(name), name, x, place)
+        del tensors  # or it would live while the next one is made
     if end == shard.start:
         raise CalibrationError("the calibration split has no samples; allowed: at least 1; check the data card")
     if end != shard.stop:
@@ -167,11 +179,11 @@ def calibrate(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Place:
-    """The weights of the samples of a batch, the place of the sample behind it, and the histogram resolution."""
+    """The weights of the samples of a batch, the place of the sample behind it, and what is counted how finely."""
 
     weights: tuple[int, ...]
     end: int
-    bins: int
+    options: CalibrationOptions
 
 
 def _count(stats: TensorStats | None, name: str, x: NDArray[Any], place: _Place) -> TensorStats:
@@ -179,7 +191,7 @@ def _count(stats: TensorStats | None, name: str, x: NDArray[Any], place: _Place)
     rows = zip(x, place.weights, strict=True) if many else [(x, sum(place.weights))]
     try:
         for row, weight in rows:
-            stats = add_sample(stats, row, bins=place.bins, weight=weight)
+            stats = add_sample(stats, row, bins=place.options.bins, weight=weight, values=place.options.values)
     except ValueError as e:
         first = place.end - len(place.weights)
         where = f"sample {first}" if first + 1 == place.end else f"samples {first} to {place.end - 1}"

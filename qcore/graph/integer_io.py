@@ -4,26 +4,12 @@ What the caller must compute is kept in the model's metadata, since a plain ONNX
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import cast
 
-import numpy as np
 import onnx_ir as ir
 
 from qcore.graph.qdq import is_dequantize, is_quantize
 from qcore.graph.traverse import constant_array, only_consumer
-from qcore.numerics.affine import IntDtype, Levels, QParams, QScheme
-
-INTEGER_IO_KEY = "qcore.integer_io"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IntegerIO:
-    """The affine parameters of the integer inputs and outputs of a model, by name; empty where all are float."""
-
-    inputs: Mapping[str, QParams]
-    outputs: Mapping[str, QParams]
+from qcore.numerics.integer_io import INTEGER_IO_KEY
 
 
 def to_integer_io(model: ir.Model) -> None:
@@ -46,38 +32,10 @@ def to_integer_io(model: ir.Model) -> None:
     model.metadata_props[INTEGER_IO_KEY] = json.dumps(found, sort_keys=True, separators=(",", ":"))
 
 
-def read_integer_io(metadata: Mapping[str, str]) -> IntegerIO:
-    """Return what `to_integer_io` wrote into a model's metadata.
-
-    Raises:
-        ValueError: the entry is damaged.
-    """
-    if INTEGER_IO_KEY not in metadata:
-        return IntegerIO(inputs={}, outputs={})
-    try:
-        found = json.loads(metadata[INTEGER_IO_KEY])
-        inputs, outputs = ({name: _read(p) for name, p in found[side].items()} for side in ("inputs", "outputs"))
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"metadata {INTEGER_IO_KEY} is damaged ({e})") from e
-    return IntegerIO(inputs=inputs, outputs=outputs)
-
-
 def _parameters(node: ir.Node) -> dict[str, object]:
     scale, zero = constant_array(node.inputs[1]), constant_array(node.inputs[2])
     assert scale is not None and zero is not None  # noqa: S101, PT018 - insert_activation_qdq writes both
     return {"dtype": zero.dtype.name, "scale": float(scale), "zero_point": int(zero)}
-
-
-def _read(parameters: Mapping[str, object]) -> QParams:
-    dtype = cast(IntDtype, parameters["dtype"])
-    low, high = QScheme(dtype=cast(Levels, parameters["dtype"])).levels
-    return QParams(
-        scale=np.array(parameters["scale"], np.float32),
-        zero_point=np.array(parameters["zero_point"], np.int32),
-        dtype=dtype,
-        qmin=low,
-        qmax=high,
-    )
 
 
 def _take_over_input(graph: ir.Graph, value: ir.Value, quantize: ir.Node) -> None:

@@ -27,6 +27,7 @@ RuleKind = Literal["min-max", "moving-average", "percentile", "entropy", "mse", 
 
 _EMPTY_EXPONENT = -149  # the spacing of the smallest float32, of which every float32 is a multiple
 _CHUNK = 1 << 15  # elements binned at a time: the scratch arrays stay in the cache
+_RUN = 64  # values that are counted together
 _EXACT = 1 << 24  # integers up to here are float32
 _SQNR_GAMMA = 3.0
 
@@ -35,8 +36,9 @@ _SQNR_GAMMA = 3.0
 class TensorStats:
     """Evidence about one tensor.
 
-    `low` and `high` are the smallest and largest value of `count` values. `histogram[k]` counts the values in bin
-    `first + k` of width `2**exponent`; the counts add up to `count`; there are at most `bins + 1` of them.
+    `low` and `high` are the smallest and largest of all values. `histogram[k]` counts those of `count` values that are
+    in bin `first + k` of width `2**exponent`; there are at most `bins + 1` bins. Of large tensors a part is
+    counted (`counted_part`).
     `low_sum` and `high_sum` are the sums over the samples of weight times smallest (largest) value of the sample in
     units of 2**-149, and `weight` is the sum of those weights.
     """
@@ -91,21 +93,46 @@ class RangeRule:
     percentile: float = 99.99
 
 
-def tensor_stats(x: Float, *, bins: int = DEFAULT_BINS, weight: int = ONE) -> TensorStats:
+def tensor_stats(x: Float, *, bins: int = DEFAULT_BINS, weight: int = ONE, values: int | None = None) -> TensorStats:
     """Return the statistics of all elements of `x` (any shape, at least one element) as one sample.
 
     Args:
         x: the values.
         bins: histogram resolution.
         weight: the sample's weight in the moving average (`average_weight`).
+        values: about how many values the histogram counts at most (`counted_part`); None counts all.
 
     Raises:
         ValueError: `x` is empty or holds NaN or infinity.
     """
-    return add_sample(None, x, bins=bins, weight=weight)
+    return add_sample(None, x, bins=bins, weight=weight, values=values)
 
 
-def add_sample(stats: TensorStats | None, x: Float, *, bins: int = DEFAULT_BINS, weight: int = ONE) -> TensorStats:
+def counted_part(flat: NDArray[np.float32], values: int | None) -> NDArray[np.float32]:
+    """Return the values of `flat` (n,) that the histogram counts: all, or one to two times `values` in runs of 64.
+
+    The runs are evenly spaced, and their distance shares no factor with the number of runs that there are, so that they
+    come from all rows and channels alike. Single values would cost as much as the runs that are read with them.
+    """
+    if values is None:
+        return flat
+    runs = flat.size // _RUN
+    stride = runs * _RUN // max(values, _RUN)
+    if stride <= 1:
+        return flat
+    while math.gcd(stride, runs) > 1:
+        stride += 1
+    return flat[: runs * _RUN].reshape(runs, _RUN)[::stride].reshape(-1)
+
+
+def add_sample(
+    stats: TensorStats | None,
+    x: Float,
+    *,
+    bins: int = DEFAULT_BINS,
+    weight: int = ONE,
+    values: int | None = None,
+) -> TensorStats:
     """Return what merging `stats` with the statistics of one more sample gives, for less work and memory.
 
     `stats` is used up: its histogram is written to where the bins stay the same. A new one for every sample would end
@@ -129,12 +156,13 @@ def add_sample(stats: TensorStats | None, x: Float, *, bins: int = DEFAULT_BINS,
             histogram = stats.histogram
         else:
             _coarsen_into(histogram, e, first, stats)
-    _count_into(histogram, e, first, flat)
+    counted = counted_part(flat, values)
+    _count_into(histogram, e, first, counted)
     sums = (weight, weight * _units(x_low), weight * _units(x_high))
     if stats is None:
-        return TensorStats(flat.size, low, high, bins, e, first, histogram, *sums)
+        return TensorStats(counted.size, low, high, bins, e, first, histogram, *sums)
     merged = (stats.weight + sums[0], stats.low_sum + sums[1], stats.high_sum + sums[2])
-    return TensorStats(stats.count + flat.size, low, high, bins, e, first, histogram, *merged)
+    return TensorStats(stats.count + counted.size, low, high, bins, e, first, histogram, *merged)
 
 
 def merge_stats(a: TensorStats, b: TensorStats) -> TensorStats:

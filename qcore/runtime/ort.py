@@ -22,8 +22,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from qcore.data.dataset import Batch
 from qcore.errors import DataError, ModelError
-from qcore.graph.integer_io import IntegerIO, read_integer_io
 from qcore.numerics.affine import dequantize_array, quantize_array
+from qcore.numerics.integer_io import IntegerIO, read_integer_io
 from qcore.report import Latency
 from qcore.runtime.piece import Piece
 

@@ -9,10 +9,10 @@ from quantizing import profile, quantized, run, samples, written
 from qcore import steps
 from qcore.data.dataset import Batch
 from qcore.errors import ModelError
-from qcore.graph.integer_io import INTEGER_IO_KEY, read_integer_io
 from qcore.graph.io import serialize_model
 from qcore.numerics.affine import dequantize_array, quantize_array
 from qcore.numerics.error import sqnr_db
+from qcore.numerics.integer_io import INTEGER_IO_KEY, read_integer_io
 from qcore.runtime import ort
 
 

@@ -1,11 +1,20 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qcore.numerics.affine import QScheme
-from qcore.numerics.stats import ONE, RangeRule, add_sample, average_weight, merge_stats, range_from_stats, tensor_stats
+from qcore.numerics.stats import (
+    ONE,
+    RangeRule,
+    add_sample,
+    average_weight,
+    counted_part,
+    merge_stats,
+    range_from_stats,
+    tensor_stats,
+)
 
 U8 = QScheme(dtype="uint8")
 
@@ -41,6 +50,28 @@ def test_every_value_is_counted_in_a_bounded_number_of_bins(x, bins):
     assert stats.histogram.size <= bins + 1
     assert stats.histogram[0] > 0
     assert stats.histogram[-1] > 0
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 5000), st.integers(1, 400))
+def test_the_counted_part_is_about_as_large_as_asked_and_comes_from_everywhere(size, values):
+    flat = np.arange(size, dtype=np.float32)
+    part = counted_part(flat, values)
+    assert len(set(part.tolist())) == part.size
+    assert part.size <= 2 * max(values, 64) + 127
+    runs = np.unique(part // 64) if part.size < size else np.arange(-(-size // 64))
+    assert np.diff(runs).max(initial=1) <= 3 * max(1, size // max(values, 64)) + 2
+
+
+def test_a_part_is_counted_but_the_range_is_of_all_values():
+    x = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    x[12_345], x[54_321] = 40.0, -30.0
+    whole, part = tensor_stats(x), tensor_stats(x, values=8192)
+    assert (part.low, part.high) == (whole.low, whole.high) == (-30.0, 40.0)
+    assert (part.exponent, part.first, len(part.histogram)) == (whole.exponent, whole.first, len(whole.histogram))
+    assert part.count == part.histogram.sum() < 8192 + 128
+    rule, scheme = RangeRule(kind="percentile", percentile=99.0), QScheme(dtype="int8")
+    np.testing.assert_allclose(range_from_stats(part, rule, scheme), range_from_stats(whole, rule, scheme), atol=0.25)
 
 
 def test_chunks_inside_one_tensor_do_not_matter():
