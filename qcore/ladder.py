@@ -17,6 +17,8 @@ from qcore.report import BUDGETS, Check, GateDecision, Outcome
 from qcore.target import TargetProfile
 
 RANGES: Mapping[str, Any] = {"ranges": "percentile", "percentile": 99.999}
+POWER_RANGES: Mapping[str, Any] = {"ranges": "mse"}
+"""Powers of two are rounded up, so a range that just goes over one doubles every step: here the error decides."""
 
 Obstacle = Literal["model", "samples", "budget"]
 """What keeps a result from passing: its accuracy, the number of samples, or a limit of size or latency."""
@@ -54,7 +56,7 @@ class Climb:
 
 def rungs(target: TargetProfile) -> tuple[Recipe, ...]:
     """Return the recipes to try for `target`, in order."""
-    plain = {"method": "quantize", **RANGES}
+    plain = {"method": "quantize", **(POWER_RANGES if target.power_of_two_scales else RANGES)}
     ladder: list[tuple[str, list[str], Mapping[str, Any], list[str]]] = []
     if target.weights_per_channel:
         ladder.append(("per-tensor", [], {**plain, "per_channel": False}, []))

@@ -84,4 +84,4 @@ def _covering(layer: GridLayer, wanted: Array, levels: tuple[int, int]) -> Array
     scale = np.maximum(wanted.max(axis=2) / high, wanted.min(axis=2) / low)
     if layer.shared:
         scale = np.full_like(scale, scale.max())
-    return np.clip(scale, layer.scale / _FAR, layer.scale * _FAR)
+    return np.asarray(np.clip(scale, layer.scale / _FAR, layer.scale * _FAR))
