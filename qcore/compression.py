@@ -305,16 +305,18 @@ def _mend(run: _Run, model: ir.Model, reference: ir.Model, step: AFTER) -> tuple
 def _mended(run: _Run, model: ir.Model, reference: ir.Model, step: AFTER, samples: tuple[Tensors, ...]) -> Rewrite:
     evidence, quantize_step = _known(run), run.recipe.quantize_step
     assert quantize_step is not None  # noqa: S101 - check_order has looked
+    floats = run.target.bias == "float"
     if isinstance(step, CorrectBiasStep) and step.kind == "analytic":
         maps = channel_statistics(reference, evidence, dict.fromkeys(inputs_of_layers(reference, "Conv"), 1))
         rows = channel_statistics(reference, evidence, dict.fromkeys(inputs_of_layers(reference, "Gemm", "MatMul"), -1))
-        return correct_bias_analytically(model, reference, maps, rows)
+        return correct_bias_analytically(model, reference, maps, rows, float_biases=floats)
     exact = run.target.power_of_two_scales
     bits = run.target.weight_scheme(0, bits=quantize_step.weight_bits).width
     refine = (
         correct_bias if isinstance(step, CorrectBiasStep) else partial(round_weights, step=step, bits=bits, exact=exact)
     )
-    return refine_layers(model, reference, evidence.first(samples, step.samples), refine, step.positions)
+    some = evidence.first(samples, step.samples)
+    return refine_layers(model, reference, some, refine, step.positions, float_biases=floats)
 
 
 def _of_all_samples(run: _Run, model: ir.Model, reference: ir.Model, kept: list[AFTER]) -> ir.Model:

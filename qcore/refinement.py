@@ -37,8 +37,14 @@ class _Wanted:
     columns: NDArray[np.int64] | None
 
 
-def refine_layers(
-    quantized: ir.Model, reference: ir.Model, samples: Sequence[Tensors], refine: Refine, positions: int
+def refine_layers(  # noqa: PLR0913 - two models, two settings, and what to do with a layer
+    quantized: ir.Model,
+    reference: ir.Model,
+    samples: Sequence[Tensors],
+    refine: Refine,
+    positions: int,
+    *,
+    float_biases: bool = False,
 ) -> Rewrite:
     """Return `quantized` with every layer refined; `changed` names the layers whose numbers are new.
 
@@ -48,10 +54,11 @@ def refine_layers(
         samples: named inputs of each batch.
         refine: what becomes of a layer.
         positions: how many output positions of each sample of a convolution are looked at.
+        float_biases: whether layers without a bias get a float one; else int32.
     """
     out = editable_copy(quantized)
     floats = {node_name(n): n for n in editable_copy(reference).graph if n.op_type in LAYERS}
-    layers, skipped = grid_nodes(out.graph, floats)
+    layers, skipped = grid_nodes(out.graph, floats, float_biases=float_biases)
     wanted = _wanted(reference, layers, samples, positions)
     proto = ir.serde.serialize_model(out)
     loaded = load_unfused(proto.SerializeToString())

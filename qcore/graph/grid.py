@@ -8,6 +8,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcore.graph.added_bias import AddedBias, added_bias, own_constant, replace_added_bias
+from qcore.graph.edit import add_initializer
 from qcore.graph.qdq import dequantized_initializer, is_dequantize
 from qcore.graph.rewrite import Skipped
 from qcore.graph.traverse import constant_array, float_attribute, int_attribute, node_name
@@ -55,7 +56,9 @@ class GridNode:
         )
 
 
-def grid_nodes(graph: ir.Graph, floats: Mapping[str, ir.Node]) -> tuple[list[GridNode], list[Skipped]]:
+def grid_nodes(
+    graph: ir.Graph, floats: Mapping[str, ir.Node], *, float_biases: bool = False
+) -> tuple[list[GridNode], list[Skipped]]:
     """Return the layers of a QDQ graph in graph order, and those that cannot be refined, with reasons.
 
     Convolutions and Gemms without a bias get one of zero (edited into `graph`).
@@ -63,6 +66,7 @@ def grid_nodes(graph: ir.Graph, floats: Mapping[str, ir.Node]) -> tuple[list[Gri
     Args:
         graph: of `editable_copy`.
         floats: the float layers by node name.
+        float_biases: whether the target keeps biases as float; else new ones are int32.
     """
     layers: list[GridNode] = []
     skipped: list[Skipped] = []
@@ -72,7 +76,7 @@ def grid_nodes(graph: ir.Graph, floats: Mapping[str, ir.Node]) -> tuple[list[Gri
             continue
         reason = _refusal(node, floats[name])
         if reason is None:
-            layers.append(_layer(graph, node, floats[name]))
+            layers.append(_layer(graph, node, floats[name], float_biases))
         else:
             skipped.append(Skipped(node=name, op_type=node.op_type, reason=reason))
     return layers, skipped
@@ -100,14 +104,14 @@ def _stored_behind(node: ir.Node, index: int) -> ir.Value | None:
     return source.inputs[0]
 
 
-def _layer(graph: ir.Graph, node: ir.Node, reference: ir.Node) -> GridNode:
+def _layer(graph: ir.Graph, node: ir.Node, reference: ir.Node, float_biases: bool) -> GridNode:
     weight = _stored_behind(node, 1)
     assert weight is not None and node.inputs[1] is not None  # noqa: S101, PT018 - _refusal has looked
     dequantize = node.inputs[1].producer()
     assert dequantize is not None  # noqa: S101
     scale = np.asarray(constant_array(dequantize.inputs[1]), np.float32)
     zero = constant_array(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else None
-    bias, bias_scale = _bias(graph, node, scale)
+    bias, bias_scale = _bias(graph, node, scale, float_biases)
     added, unbiased = _added(node, reference) if node.op_type == "MatMul" else (None, "it has no constant bias")
     if added is not None:
         own_constant(graph, added.node, added.index)
@@ -151,7 +155,7 @@ def float_bias(layer: GridNode, reference: ir.Node, shape: tuple[int, ...]) -> A
 
 
 def _bias(
-    graph: ir.Graph, node: ir.Node, scale: NDArray[np.float32]
+    graph: ir.Graph, node: ir.Node, scale: NDArray[np.float32], float_biases: bool
 ) -> tuple[ir.Value | None, NDArray[np.float32] | None]:
     """Return the initializer of the bias and its scale (None: it is float); a layer without one gets a bias of 0."""
     stored = _stored_behind(node, 2)
@@ -168,6 +172,10 @@ def _bias(
     weight = constant_array(_stored_behind(node, 1))
     assert weight is not None  # noqa: S101 - _refusal has looked
     outputs = weight.shape[1] if node.op_type == "Gemm" and not int_attribute(node, "transB", 0) else weight.shape[0]
+    if float_biases:
+        node.resize_inputs(3)
+        node.replace_input_with(2, add_initializer(graph, f"{node_name(node)}.bias", np.zeros(outputs, np.float32)))
+        return node.inputs[2], None
     product = (scale * np.asarray(constant_array(data.inputs[1]), np.float32)).astype(np.float32)
     q = QParams(
         scale=product,

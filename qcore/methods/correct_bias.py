@@ -50,7 +50,12 @@ def inputs_of_layers(model: ir.Model, *op_types: str) -> tuple[str, ...]:
 
 
 def correct_bias_analytically(
-    quantized: ir.Model, reference: ir.Model, maps: Mapping[str, ChannelStats], rows: Mapping[str, ChannelStats]
+    quantized: ir.Model,
+    reference: ir.Model,
+    maps: Mapping[str, ChannelStats],
+    rows: Mapping[str, ChannelStats],
+    *,
+    float_biases: bool = False,
 ) -> Rewrite:
     """Return `quantized` with biases that make up for the error of its weights at the mean input.
 
@@ -59,10 +64,11 @@ def correct_bias_analytically(
         reference: the float model that it was made from.
         maps: statistics of axis 1 of the float inputs of convolutions, by tensor name; layers without are skipped.
         rows: the same of the last axis of what MatMul and Gemm read.
+        float_biases: whether layers without a bias get a float one; else int32.
     """
     out = editable_copy(quantized)
     floats = {node_name(n): n for n in editable_copy(reference).graph if n.op_type in LAYERS}
-    layers, skipped = grid_nodes(out.graph, floats)
+    layers, skipped = grid_nodes(out.graph, floats, float_biases=float_biases)
     changed: list[str] = []
     for layer in layers:
         node = floats[node_name(layer.node)]

@@ -153,7 +153,8 @@ def gathered(model: "ir.Model", dataset: "Dataset", samples: bool, progress: Pro
         return tables[digest]
 
     loaded = ort.load(serialize_model(model))
-    size = loaded.fixed_batch or RECOVERY_BATCH
+    # Of few samples too some must be held out: then batches are smaller.
+    size = loaded.fixed_batch or min(RECOVERY_BATCH, max(1, dataset.n // HELD_OUT))
     fed = [ort.feeds(loaded, batch) for batch in batches(dataset, size)] if samples else []
     held_out = tuple(fed[HELD_OUT - 1 :: HELD_OUT]) or tuple(fed)  # too few samples to hold some out
     fit = tuple(f for k, f in enumerate(fed) if (k + 1) % HELD_OUT) or tuple(fed)

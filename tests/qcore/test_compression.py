@@ -18,6 +18,7 @@ from qcore.compression import Recipe, check_order, compress, load_recipe
 from qcore.config import check_config
 from qcore.errors import ConfigError
 from qcore.graph.io import serialize_model
+from qcore.lint import lint
 from qcore.methods.correct_bias import correct_bias
 from qcore.recovery import output_distance
 from qcore.refinement import refine_layers
@@ -73,6 +74,15 @@ def test_what_is_kept_is_made_again_from_all_samples():
     few = recipe_with({"method": "correct-bias", "samples": 8}, weight_bits=4)
     asked = refine_layers(bare.model, made.reference, evidence.fit[:1], correct_bias, 64)
     assert serialize_model(compress(model, few, target, evidence).model) == serialize_model(asked.model)
+
+
+@pytest.mark.parametrize("step", MENDING[:3])
+def test_layers_without_a_bias_get_one_that_the_target_knows(step):
+    model, target = parsed(outlier_net(bias=False)), load_target("tensorrt")
+    made = compress(model, recipe_with(step, weight_bits=4), target, evidence_of(images()))
+    assert step_of(made, step["method"]).error_after > 0
+    found = {f.rule for f in lint(made.model, target)}
+    assert "bias" not in found
 
 
 def test_powers_of_two_stay_powers_of_two():
