@@ -30,10 +30,11 @@ Tensors = Mapping[str, NDArray[Any]]
 Positions = tuple[tuple[int, int], ...]
 """Places in a split, from 0: ascending ranges [start, end) that do not touch."""
 
-DEFAULT_VALUES = 1 << 14
-"""How many values of a tensor one sample puts into the histogram, about: more cost time and change no range."""
+DEFAULT_VALUES = 1_638_400
+"""How many values of a tensor all samples together put into its histogram, about: more cost time, and no range."""
 
-TABLE_SCHEMA = "qcore.calibration/3"
+_FEWEST = 1 << 10  # values of a tensor and sample
+TABLE_SCHEMA = "qcore.calibration/4"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,8 @@ class CalibrationOptions:
 
     `bins` is the histogram resolution; `decay` what a sample's weight in the moving average is multiplied by with
     each sample after it; `tensors` the patterns that chose the tensors (empty: all); `batch` the samples per run;
-    `values` about how many values of a tensor and sample the histogram counts at most.
+    `values` about how many values of a tensor its histogram counts, all samples of the split together: each sample
+    gives as many, and at least 1024 if it has them.
 
     Raises:
         CalibrationError: a value out of range.
@@ -153,11 +155,12 @@ def calibrate(
     stats: dict[str, TensorStats] = {}
     end = shard.start
     weights: tuple[int, ...] = ()
+    values = max(_FEWEST, options.values // max(1, shard.size))
     for n, tensors in activations:
         if n:
             weights = tuple(average_weight(end + k, shard.size, options.decay) for k in range(n))
             end += n
-        place = _Place(weights=weights, end=end, options=options)
+        place = _Place(weights=weights, end=end, bins=options.bins, values=values)
         # One after the other: counting holds the interpreter's lock, and threads would only wait for each other.
         for name, x in tensors.items():
             if x.size:
@@ -179,11 +182,15 @@ def calibrate(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Place:
-    """The weights of the samples of a batch, the place of the sample behind it, and what is counted how finely."""
+    """The weights of the samples of a batch, the place of the sample behind it, and what is counted how finely.
+
+    `values` is how many values of a tensor each sample's histogram counts, about.
+    """
 
     weights: tuple[int, ...]
     end: int
-    options: CalibrationOptions
+    bins: int
+    values: int
 
 
 def _count(stats: TensorStats | None, name: str, x: NDArray[Any], place: _Place) -> TensorStats:
@@ -191,7 +198,7 @@ def _count(stats: TensorStats | None, name: str, x: NDArray[Any], place: _Place)
     rows = zip(x, place.weights, strict=True) if many else [(x, sum(place.weights))]
     try:
         for row, weight in rows:
-            stats = add_sample(stats, row, bins=place.options.bins, weight=weight, values=place.options.values)
+            stats = add_sample(stats, row, bins=place.bins, weight=weight, values=place.values)
     except ValueError as e:
         first = place.end - len(place.weights)
         where = f"sample {first}" if first + 1 == place.end else f"samples {first} to {place.end - 1}"
@@ -344,7 +351,9 @@ def _stats_to_json(s: TensorStats) -> Json:
 def _stats_from_json(s: Json, bins: int) -> TensorStats:
     average = (int(s["average"][k]) for k in ("weight", "low_sum", "high_sum"))
     histogram = np.array(s["histogram"], np.int64)
-    return TensorStats(s["count"], s["low"], s["high"], bins, s["exponent"], s["first"], histogram, *average)
+    stats = TensorStats(s["count"], s["low"], s["high"], bins, s["exponent"], s["first"], histogram, *average)
+    stats.check()
+    return stats
 
 
 def _table_from_json(value: Json) -> CalibrationTable:

@@ -16,14 +16,6 @@ TARGETS = {
     ("per-channel", "int8", False): "arm-dotprod",
     ("per-channel", "uint8", False): "x86-vnni",
 }
-FOUR_BITS = {
-    "name": "w4",
-    "steps": [
-        {"method": "fold-batchnorm"},
-        {"method": "gemm-head"},
-        {"method": "quantize", "ranges": "percentile", "percentile": 99.999, "weight_bits": 4},
-    ],
-}
 
 
 def quantize(job: Job) -> None:
@@ -37,9 +29,7 @@ def quantize(job: Job) -> None:
     if job.options["weight_bits"] == 4:
         if recipe == "auto":
             raise NotOffered("recipe auto chooses its own bits")
-        path = job.output.with_name("w4.yaml")
-        path.write_text(json.dumps(FOUR_BITS))  # JSON is YAML
-        recipe = str(path)
+        recipe = "int4-rounded"
     data = json.loads(Path(sys.argv[1]).read_text())["data"]
     options = {"--model": job.model, "--data": data, "--out": job.output, "--recipe": recipe, "--target": TARGETS[key]}
     sys.argv = ["qcore", "compress", *(str(part) for pair in options.items() for part in pair)]

@@ -54,8 +54,8 @@ class TensorStats:
     low_sum: int
     high_sum: int
 
-    def __post_init__(self) -> None:
-        """Hold what follows from the definition, also for statistics that were read from a file.
+    def check(self) -> None:
+        """Hold what follows from the definition, for statistics that were read from a file.
 
         Raises:
             ValueError: the fields contradict each other.

@@ -30,7 +30,7 @@ from qcore.runtime.piece import Piece
 Tensors = Mapping[str, NDArray[np.generic]]
 Predict = Callable[[Tensors], dict[str, NDArray[np.generic]]]
 
-_ALIGN = 64  # bytes; what vector instructions like
+_WHOLE = "the model"  # what messages call the model that was cut in pieces
 _FAILURES = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
@@ -207,42 +207,66 @@ def activations(
         return
     pieces = cut(model, names, {k: v.shape[1:] for k, v in first.x.items()})
     del model
-    yield from piece_activations(pieces, names, chain([first], source), threads=threads, reuse=False)
+    loaded = load_pieces(pieces, threads=threads)
+    yield from piece_activations(loaded, names, chain([first], source))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedPiece:
+    """A piece in the runtime; several threads may run it at once."""
+
+    piece: Piece
+    session: ort.InferenceSession
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """What it reads."""
+        return tuple(_port(i) for i in self.session.get_inputs())
+
+
+def load_pieces(pieces: Iterable[Piece], *, threads: int = 0) -> tuple[LoadedPiece, ...]:
+    """Return the `pieces` of a model ready to run, each call with `threads` threads (0: one per core).
+
+    Raises:
+        ModelError: the runtime cannot load one.
+    """
+    options = _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    # Between two runs the cores count and read images; spinning threads would take them.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Pieces take turns with one arena; an arena each would keep what the others could use. A plan for the tensors of a
+    # run is one block of memory, which fits no other piece.
+    options.enable_mem_pattern = False
+    _share_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    return tuple(LoadedPiece(piece=p, session=_session(p.model, _WHOLE, options)) for p in pieces)
 
 
 def piece_activations(
-    pieces: Iterable[Piece], names: Sequence[str], batches: Iterable[Batch], *, threads: int = 0, reuse: bool = True
+    pieces: Sequence[LoadedPiece], names: Sequence[str], batches: Iterable[Batch]
 ) -> Iterator[tuple[int, Tensors]]:
-    """Yield what `activations` does for a model that was cut into `pieces`.
-
-    With `reuse` all tensors lie in one buffer, and hold their values only until the next are asked for.
-    """
-    name = "the model"
+    """Yield what `activations` does for a model that was cut into `pieces`."""
     wanted = set(names)
-    shared = _Buffer(np.empty(0, np.uint8)) if reuse else None
-    sessions = [_runner(piece, name, threads, shared) for piece in pieces]
-    ports, runs = sessions[0][0], [run for _, run in sessions]
-    later = [{p.name for inputs, _ in sessions[k + 1 :] for p in inputs} for k in range(len(sessions))]
+    runs = [_runner(piece) for piece in pieces]
+    later = [{p.name for piece in pieces[k + 1 :] for p in piece.inputs} for k in range(len(pieces))]
     with ThreadPoolExecutor(1) as reader:
-        for n, live in _fed_ahead(reader, batches, ports, name):
+        for n, live in _fed_ahead(reader, batches, pieces[0].inputs):
             for k, run in enumerate(runs):
                 made = run(live)
                 values = {t: v for t, v in (made if k else live | made).items() if t in wanted}
-                # What a later piece reads must outlive the buffer's next use.
-                live = {t: v.copy() if t in made and reuse else v for t, v in (live | made).items() if t in later[k]}
+                live = {t: v for t, v in (live | made).items() if t in later[k]}
                 yield (0 if k else n), {t: _unpadded(v, n) for t, v in values.items() if v.dtype == np.float32}
                 del values, made
 
 
 def _fed_ahead(
-    reader: ThreadPoolExecutor, batches: Iterable[Batch], ports: Sequence[Port], name: str
+    reader: ThreadPoolExecutor, batches: Iterable[Batch], ports: Sequence[Port]
 ) -> Iterator[tuple[int, dict[str, NDArray[np.generic]]]]:
     """Yield number of samples and inputs of each batch; `reader` prepares the next one meanwhile."""
     source = iter(batches)
 
     def prepared() -> tuple[int, dict[str, NDArray[np.generic]]] | None:
         batch = next(source, None)
-        return None if batch is None else (len(batch.index), _fed(ports, batch, name))
+        return None if batch is None else (len(batch.index), _fed(ports, batch, _WHOLE))
 
     following = reader.submit(prepared)
     while (ready := following.result()) is not None:
@@ -250,45 +274,18 @@ def _fed_ahead(
         yield ready
 
 
-@dataclass(slots=True)
-class _Buffer:
-    """Memory that the outputs of all pieces are written to, one piece at a time; `needed` is the most of them."""
-
-    memory: NDArray[np.uint8]
-    needed: int = 0
-
-
-def _runner(piece: Piece, name: str, threads: int, shared: _Buffer | None) -> tuple[tuple[Port, ...], Predict]:
-    """Return what a piece reads, and the function that runs it: from all tensors at hand to what the piece gives.
-
-    The first run with inputs of some shapes finds the shapes of the outputs; later ones write to `shared`.
-    """
-    options = _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
-    # Between two runs the cores count and read images; spinning threads would take them.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Pieces take turns with one arena; an arena each would keep what the others could use.
-    _share_arena()
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    session = _session(piece.model, name, options)
+def _runner(loaded: LoadedPiece) -> Predict:
+    """Return the function that runs a piece: from all tensors at hand to what the piece gives."""
+    session, piece = loaded.session, loaded.piece
     # Sequences and optionals have no array; a graph that has any is one piece, so no later piece reads them.
     given = [o.name for o in session.get_outputs() if o.name in piece.gives and o.type.startswith("tensor")]
-    known: dict[tuple[tuple[int, ...], ...], dict[str, NDArray[np.generic]]] = {}
 
     def run(live: Tensors) -> dict[str, NDArray[np.generic]]:
         if not given:  # asked for nothing, the runtime would give all outputs
             return {}
-        fed = {k: live[k] for k in piece.reads}
-        shapes = tuple(v.shape for v in fed.values())
-        if shared is not None and shapes in known:
-            return _run_into(session, fed, _views(known[shapes], shared), name)
-        made = dict(zip(given, _run(session, given, fed, name), strict=True))
-        known.clear()  # one at a time: data of ever new shapes must not pile up
-        known[shapes] = {k: np.broadcast_to(np.zeros((), v.dtype), v.shape) for k, v in made.items()}
-        if shared is not None:  # all pieces say so before one writes, so the buffer need not grow
-            shared.needed = max(shared.needed, int(_starts(made)[-1]))
-        return made
+        return dict(zip(given, _run(session, given, {k: live[k] for k in piece.reads}, _WHOLE), strict=True))
 
-    return tuple(_port(i) for i in session.get_inputs()), run
+    return run
 
 
 @functools.cache
@@ -298,39 +295,6 @@ def _share_arena() -> None:
     exactly = {"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": -1, "max_dead_bytes_per_chunk": -1}
     with contextlib.suppress(*_FAILURES, RuntimeError):
         ort.create_and_register_allocator(info, ort.OrtArenaCfg(exactly))
-
-
-def _views(like: Tensors, shared: _Buffer) -> dict[str, NDArray[np.generic]]:
-    """Return an array of the shape and dtype of each in `like`, one behind the other in the buffer."""
-    starts = _starts(like)
-    if shared.memory.size < starts[-1] + _ALIGN:
-        shared.memory = np.empty(shared.needed + _ALIGN, np.uint8)
-    first = -shared.memory.ctypes.data % _ALIGN
-    return {
-        k: shared.memory[first + start :][: v.size * v.itemsize].view(v.dtype).reshape(v.shape)
-        for (k, v), start in zip(like.items(), starts, strict=False)
-    }
-
-
-def _starts(arrays: Tensors) -> NDArray[np.int64]:
-    """Return where each array begins in a buffer that holds all, and where the last ends."""
-    return np.cumsum([0, *(-(-v.size * v.itemsize // _ALIGN) * _ALIGN for v in arrays.values())])
-
-
-def _run_into(
-    session: ort.InferenceSession, fed: Tensors, outputs: dict[str, NDArray[np.generic]], name: str
-) -> dict[str, NDArray[np.generic]]:
-    """Run with `outputs` written to the given arrays; values may change what shapes depend on, then fall back."""
-    binding = session.io_binding()
-    for k, v in fed.items():
-        binding.bind_cpu_input(k, v)
-    for k, v in outputs.items():
-        binding.bind_output(k, "cpu", 0, v.dtype.type, v.shape, v.ctypes.data)
-    try:
-        session.run_with_iobinding(binding)
-    except (*_FAILURES, RuntimeError):
-        return dict(zip(outputs, _run(session, list(outputs), fed, name), strict=True))
-    return outputs
 
 
 def _unpadded(x: NDArray[np.generic], n: int) -> NDArray[np.generic]:

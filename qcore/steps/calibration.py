@@ -3,8 +3,10 @@
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from qcore.calibration import CalibrationOptions, CalibrationTable, Shard, Tensors
     from qcore.data.dataset import Dataset
+    from qcore.runtime.ort import LoadedPiece
 
 CALIBRATION_BINS = 2048
 CALIBRATION_DECAY = 0.99
@@ -194,17 +197,16 @@ def _count_in_jobs(
     count: dict[str, Json], whole: "Shard", jobs: int, progress: Progress, folder: Path
 ) -> "list[CalibrationTable]":
     """Return the tables of `jobs` processes that share the samples of `whole`."""
-    from qcore.calibration import load_table, shard_of
+    from qcore.calibration import load_table
 
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     calls, outs = [], []
-    for k in range(jobs):
-        part = shard_of(whole.stop - whole.start, k + 1, jobs, batch=count["options"]["batch"])
-        start, stop = whole.start + part.start, whole.start + part.stop
+    for k, part in enumerate(_parts(whole, jobs, count["options"]["batch"], threads)):
         outs.append(folder / f"{k}.json")
-        shard = {"size": whole.size, "start": start, "stop": stop, "threads": threads}
-        arguments = {**count, "shard": shard, "out": str(outs[-1])}
-        calls.append(Call(what="count", arguments=arguments, name=f"that calibrates samples {start} to {stop - 1}"))
+        arguments = {**count, "shard": asdict(part), "out": str(outs[-1])}
+        calls.append(
+            Call(what="count", arguments=arguments, name=f"that calibrates samples {part.start} to {part.stop - 1}")
+        )
     run_children(calls, progress)
     return [load_table(path) for path in outs]
 
@@ -213,27 +215,83 @@ def _batches(shard: "Shard", options: "CalibrationOptions") -> int:
     return -(-(shard.stop - shard.start) // options.batch)
 
 
+def _parts(whole: "Shard", count: int, batch: int, threads: int) -> "list[Shard]":
+    """Return `whole` in `count` parts that are worked on at the same time, each with `threads` threads."""
+    from qcore.calibration import shard_of
+
+    cut = [shard_of(whole.stop - whole.start, k + 1, count, batch=batch) for k in range(count)]
+    return [
+        replace(p, size=whole.size, start=whole.start + p.start, stop=whole.start + p.stop, threads=threads)
+        for p in cut
+    ]
+
+
 Counted = tuple["Dataset", "CalibrationOptions", "Shard"]
 
 
 def _count(plan: Json, what: Counted, progress: Progress) -> "CalibrationTable":
-    """Return the table of a planned model over the samples of a shard."""
+    """Return the table of a planned model over the samples of a shard.
+
+    Two threads share the samples and the loaded model: while one counts, which takes one core, the other's model runs.
+    """
+    from qcore.calibration import merge_tables
+    from qcore.runtime import ort
+    from qcore.runtime.piece import Piece
+
+    dataset, options, shard = what
+    threads = shard.threads or len(os.sched_getaffinity(0))
+    lanes = min(2, threads, _batches(shard, options))
+    pieces = [Piece(model=Path(p["file"]), reads=tuple(p["reads"]), gives=tuple(p["gives"])) for p in plan["pieces"]]
+    loaded = ort.load_pieces(pieces, threads=max(1, threads // lanes))
+    run = _Run(plan=plan, pieces=loaded, tell=_summed(progress, shard.stop - shard.start), stop=threading.Event())
+    with ThreadPoolExecutor(lanes) as pool:
+        parts = _parts(shard, lanes, options.batch, 0)
+        counted = [pool.submit(_count_lane, run, (dataset, options, part)) for part in parts]
+        try:
+            return merge_tables([lane.result() for lane in counted])
+        finally:
+            run.stop.set()  # an error or Ctrl-C ends the other thread at its next sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """What the threads of a count share: the model in the runtime, whom to tell of samples done, when to stop."""
+
+    plan: Json
+    pieces: "tuple[LoadedPiece, ...]"
+    tell: Callable[[int], None]
+    stop: threading.Event
+
+
+def _summed(progress: Progress, total: int) -> Callable[[int], None]:
+    """Return a function that takes how many more samples are done, from any thread."""
+    lock, done = threading.Lock(), 0
+
+    def tell(more: int) -> None:
+        nonlocal done
+        with lock:
+            done += more
+            progress("calibrating", done, total)
+
+    return tell
+
+
+def _count_lane(run: _Run, what: Counted) -> "CalibrationTable":
     from qcore.calibration import calibrate as count
 
     dataset, options, shard = what
     return count(
-        _activations(plan, what, progress),
-        model_sha256=plan["sha256"],
+        _activations(run, what),
+        model_sha256=run.plan["sha256"],
         data_sha256=dataset.sha256,
         options=options,
         shard=shard,
     )
 
 
-def _activations(plan: Json, what: Counted, progress: Progress) -> "Iterator[tuple[int, Tensors]]":
+def _activations(run: _Run, what: Counted) -> "Iterator[tuple[int, Tensors]]":
     from qcore.data.dataset import batches
     from qcore.runtime import ort
-    from qcore.runtime.piece import Piece
 
     dataset, options, shard = what
     part = replace(
@@ -241,16 +299,17 @@ def _activations(plan: Json, what: Counted, progress: Progress) -> "Iterator[tup
         indices=dataset.indices[shard.start : shard.stop],
         labels=None if dataset.labels is None else dataset.labels[shard.start : shard.stop],
     )
-    pieces = [Piece(model=Path(p["file"]), reads=tuple(p["reads"]), gives=tuple(p["gives"])) for p in plan["pieces"]]
     done = 0
-    produced = ort.piece_activations(pieces, plan["names"], batches(part, options.batch), threads=shard.threads)
-    for n, tensors in produced:
-        if n and done:
-            progress("calibrating", done, part.n)
-        done += n
+    for n, tensors in ort.piece_activations(run.pieces, run.plan["names"], batches(part, options.batch)):
+        if n:
+            if run.stop.is_set():
+                return
+            if done:
+                run.tell(done)
+            done = n
         yield n, tensors
         del tensors
-    progress("calibrating", done, part.n)
+    run.tell(done)
 
 
 def _names_of(model: "ir.Model", patterns: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Calibration on files: shards, processes, and what they refuse."""
 
+import os
 import subprocess
 import sys
 
@@ -77,6 +78,25 @@ def test_a_process_that_fails_says_so_in_its_own_words(files, tmp_path):
     with pytest.raises(DataError, match=r"sample 30 of tiny .* holds NaN"):
         steps.calibrate(**files, out=tmp_path / "t.json", jobs=2)
     assert not (tmp_path / "t.json").exists()
+
+
+@pytest.mark.parametrize("cores", [1, 2, 5])
+def test_the_cores_do_not_change_the_table(files, tmp_path, monkeypatch, cores):
+    seen = []
+    steps.calibrate(**files, out=tmp_path / "here.json")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    steps.calibrate(**files, out=tmp_path / "there.json", progress=lambda *p: seen.append(p))
+    assert (tmp_path / "here.json").read_bytes() == (tmp_path / "there.json").read_bytes()
+    assert seen == [("calibrating", k, 40) for k in range(1, 41)]
+
+
+def test_of_two_threads_that_fail_the_first_samples_are_named(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    x = np.load(files["data"].parent / "tiny.npz")["x"]
+    x[[15, 21], 0, 0, 0] = np.nan  # the second thread meets its own first
+    np.savez(files["data"].parent / "tiny.npz", x=x, y=np.zeros(len(x), int))
+    with pytest.raises(DataError, match=r"sample 15 of tiny .* holds NaN"):
+        steps.calibrate(**files, out=tmp_path / "t.json")
 
 
 def test_a_process_that_is_killed_is_one_line(files, tmp_path, monkeypatch):

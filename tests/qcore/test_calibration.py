@@ -89,6 +89,17 @@ def test_a_sample_is_counted_once():
         merge_tables([part(data, 0, 3), part(data, 1, 4)])
 
 
+def test_a_split_of_few_samples_counts_more_values_of_each():
+    def counted(samples, values):
+        x = np.random.default_rng(0).standard_normal((1, 1 << 16)).astype(np.float32)
+        table = calibrate([(1, {"t": x})] * samples, **DIGESTS, options=CalibrationOptions(values=values))
+        return table.stats["t"].count / samples
+
+    assert counted(2, 1 << 18) == 1 << 16
+    assert 3500 <= counted(16, 1 << 16) <= 1 << 13
+    assert 1 << 10 <= counted(16, 1) <= 1 << 11  # but not less than this
+
+
 def test_an_incomplete_table_says_what_is_missing():
     data = activations(9)
     table = merge_tables([part(data, 6, 8), part(data, 1, 3)])

@@ -22,7 +22,7 @@ def collected(proto, names, batches, limit=1 << 30):
     result = []
     shapes = {k: v.shape[1:] for k, v in batches[0].x.items()}
     pieces = cut(proto.SerializeToString(), names, shapes, limit)
-    for n, tensors in ort.piece_activations(pieces, names, batches):
+    for n, tensors in ort.piece_activations(ort.load_pieces(pieces), names, batches):
         if n:
             result.append((n, {}))
         result[-1][1].update({k: v.copy() for k, v in tensors.items()})
@@ -30,8 +30,7 @@ def collected(proto, names, batches, limit=1 << 30):
 
 
 @pytest.mark.parametrize("limit", [1, 2000, 1 << 30])
-@pytest.mark.parametrize("reuse", [False, True])
-def test_pieces_give_what_the_whole_gives(limit, reuse):
+def test_pieces_give_what_the_whole_gives(limit):
     proto = conv_net()
     names = ["x", *(o for node in proto.graph.node for o in node.output)]
     x = np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)
@@ -42,7 +41,7 @@ def test_pieces_give_what_the_whole_gives(limit, reuse):
         onnx.ModelProto.FromString(piece.model)
     samples = [batch_of(x[k : k + 1], k) for k in range(4)]
     got: list[dict] = []
-    for n, tensors in ort.piece_activations(made, names, samples, reuse=reuse):
+    for n, tensors in ort.piece_activations(ort.load_pieces(made), names, samples):
         if n:
             got.append({})
         got[-1].update({k: v.copy() for k, v in tensors.items()})
@@ -125,7 +124,7 @@ def test_shapes_that_depend_on_values_are_not_written_over():
     proto = model_of(nodes, {}, inputs={"x": ["N", 300]}, outputs={"y": [2, "K"]})
     data = [np.where(np.arange(300) < k, 1, -1).astype(np.float32)[None] for k in (5, 250, 7)]
     made = list(cut(proto.SerializeToString(), ["y"], {"": (300,)}))
-    runs = ort.piece_activations(made, ["y"], [batch_of(x, k) for k, x in enumerate(data)])
+    runs = ort.piece_activations(ort.load_pieces(made), ["y"], [batch_of(x, k) for k, x in enumerate(data)])
     assert [tensors["y"].shape for _, tensors in runs] == [(2, 5), (2, 250), (2, 7)]
 
 
