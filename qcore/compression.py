@@ -12,6 +12,7 @@ from pydantic import Field
 
 from qcore.config import Config, load_config
 from qcore.errors import ConfigError
+from qcore.graph.finite import refuse_non_finite_weights
 from qcore.graph.fold import fold_batchnorm
 from qcore.graph.head import conv_head_to_gemm
 from qcore.graph.rewrite import Rewrite, Skipped
@@ -192,8 +193,10 @@ def compress(
 
     Raises:
         ConfigError: a step needs calibration data and there are none.
+        ModelError: a weight is NaN or infinite.
     """
     check_order(recipe)
+    refuse_non_finite_weights(model)
     shared = shared or Shared()
     run = _Run(recipe=recipe, target=asked_of(target, recipe), evidence=evidence, original=model, shared=shared)
     applied, reference = [], model

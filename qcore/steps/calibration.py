@@ -114,7 +114,11 @@ def plan_file(*, model: str, patterns: Sequence[str]) -> Json:
         patterns: as `tensors` of `calibrate`.
 
     Returns:
-        `names` of the tensors, the fixed `batch` of the model (1 if it has none), and the file's `sha256`.
+        `names` of the tensors, the fixed `batch` of the model (1 if it has none), the file's `sha256`, and in words
+        which initializer is not finite (`suspect`, null if none).
+
+    Raises:
+        ModelError: the file is not a model, or a weight is NaN or infinite.
     """
     from qcore.graph.io import parse_model, read_model_bytes
 
@@ -166,8 +170,11 @@ def _planned(model: Path, patterns: Sequence[str], shapes: Mapping[str, Sequence
 
 def _plan(raw: bytes, model: "ir.Model", patterns: Sequence[str]) -> Json:
     from qcore.canonical import sha256_bytes
+    from qcore.graph.finite import non_finite_initializer, refuse_non_finite_weights
 
-    return {"names": _names_of(model, patterns), "batch": _batch_of(model), "sha256": sha256_bytes(raw)}
+    refuse_non_finite_weights(model)
+    own = {"suspect": non_finite_initializer(model), "sha256": sha256_bytes(raw)}
+    return {**own, "names": _names_of(model, patterns), "batch": _batch_of(model)}
 
 
 def _cut(raw: bytes, plan: Json, shapes: Mapping[str, Sequence[int]], folder: Path) -> Json:
@@ -219,15 +226,21 @@ Counted = tuple["Dataset", "CalibrationOptions", "Shard"]
 def _count(plan: Json, what: Counted, progress: Progress) -> "CalibrationTable":
     """Return the table of a planned model over the samples of a shard."""
     from qcore.calibration import calibrate as count
+    from qcore.errors import CalibrationError, NotFiniteError
 
     dataset, options, shard = what
-    return count(
-        _activations(plan, what, progress),
-        model_sha256=plan["sha256"],
-        data_sha256=dataset.sha256,
-        options=options,
-        shard=shard,
-    )
+    try:
+        return count(
+            _activations(plan, what, progress),
+            model_sha256=plan["sha256"],
+            data_sha256=dataset.sha256,
+            options=options,
+            shard=shard,
+        )
+    except NotFiniteError as e:
+        if plan["suspect"] is None:
+            raise
+        raise CalibrationError(f"{e}; but {plan['suspect']}, which is the likelier cause: look there first") from e
 
 
 def _activations(plan: Json, what: Counted, progress: Progress) -> "Iterator[tuple[int, Tensors]]":

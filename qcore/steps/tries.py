@@ -106,11 +106,13 @@ def open_bench(
 
     from qcore.compression import Shared
     from qcore.data.dataset import open_dataset
+    from qcore.graph.finite import refuse_non_finite_weights
     from qcore.graph.io import parse_model
     from qcore.runtime.ort import runtime_version
     from qcore.target import is_host, load_target
 
     model, profile, dataset = parse_model(raw, name), load_target(target), open_dataset(data, split)
+    refuse_non_finite_weights(model)  # before the float model is judged: its outputs would say less
     judging = open_dataset(data, judged_on or _judging(dataset))
     timed = times or is_host(profile)
     timing = TIMING if times else BRIEF if timed else ONE_RUN
