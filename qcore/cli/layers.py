@@ -11,6 +11,7 @@ import typer
 
 from qcore import steps
 from qcore.cli import options as opt
+from qcore.cli.model import print_breaches
 from qcore.cli.output import percent, print_json, print_table, progress, size
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def _print_mixed(result: steps.MixedSummary) -> None:
     if result.written is None:
         print("no model written; allow more in the budget, or train: qcore finetune --method qat")
     else:
+        print_breaches(result.written)
         print(f"{result.written.output}: {size(result.written.size_bytes)}")
     print(f"{result.page}\n{result.report}")
 

@@ -211,8 +211,20 @@ def _print_summary(summary: steps.CompressionSummary, as_json: bool) -> None:
         reasons[skip.op_type, skip.reason] = reasons.get((skip.op_type, skip.reason), 0) + 1
     if reasons:
         print_table("Left alone", ("op", "nodes", "why"), [(op, str(n), why) for (op, why), n in reasons.items()])
+    print_breaches(summary)
     ratio = summary.size_bytes / summary.input_size_bytes
     print(f"{summary.output}: {size(summary.size_bytes)}, {percent(ratio)} of {size(summary.input_size_bytes)}")
+
+
+def print_breaches(summary: steps.CompressionSummary) -> None:
+    """Print where a written model is not what its target wants, a row per rule and kind; nothing where it is."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for b in summary.breaches:
+        kinds.setdefault((b.rule, b.observed.split(" with ")[0]), []).append(b.where)
+    if kinds:
+        rows = [(rule, observed, str(len(where)), where[0]) for (rule, observed), where in kinds.items()]
+        title = f"Not as {summary.target} wants it ({len(summary.breaches)} findings; `qcore lint` names all)"
+        print_table(title, ("rule", "observed", "times", "first"), rows)
 
 
 def _recovered(step: "AppliedStep") -> str:

@@ -103,7 +103,7 @@ def compress_auto(
     written = model_of(bench, chosen)
     write_atomic(out, written)
     forget_models(bench)
-    summary = summary_of(out, raw, written, chosen.steps, recipe=chosen.recipe, target=bench.target.name)
+    summary = summary_of(out, raw, written, chosen.steps, recipe=chosen.recipe, target=bench.target)
     found = run.found[0] if run.found else None
     return AutoSummary(written=summary, climb=result, judged_on=bench.judged.split, mixed=found)
 

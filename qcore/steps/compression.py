@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from qcore.calibration import CalibrationTable
     from qcore.compression import AppliedStep, Recipe
     from qcore.data.dataset import Dataset
+    from qcore.lint import Finding
     from qcore.recovery import Evidence
+    from qcore.target import TargetProfile
 
 RECOVERY_BATCH = 8
 HELD_OUT = 4  # one batch in so many judges
@@ -24,7 +26,10 @@ ANY_TARGET = "x86-avx2"  # a recipe without quantize does not look at it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompressionSummary:
-    """A written model: where, its digest and size, and what each step did."""
+    """A written model: where, its digest and size, what each step did, and where it is not what the target wants.
+
+    `breaches` are what `qcore lint` finds; none where the recipe does not look at the target.
+    """
 
     output: Path
     sha256: Digest
@@ -34,6 +39,7 @@ class CompressionSummary:
     recipe_sha256: Digest
     target: str
     steps: "tuple[AppliedStep, ...]"
+    breaches: "tuple[Finding, ...]" = ()
 
     def to_json(self) -> Json:
         """Return the JSON form of `--json`."""
@@ -55,6 +61,7 @@ class CompressionSummary:
                 }
                 for s in self.steps
             ],
+            "breaches": [b.to_json() for b in self.breaches],
         }
 
 
@@ -186,14 +193,22 @@ def _written(
     written = serialize_model(result.model)
     refuse_unusable(written, f"the result of recipe {recipe.name} for {profile.name}")
     write_atomic(out, written)
-    return summary_of(out, raw, written, result.steps, recipe=recipe, target=profile.name)
+    return summary_of(out, raw, written, result.steps, recipe=recipe, target=profile)
 
 
 def summary_of(
-    out: Path, raw: bytes, written: bytes, steps: "tuple[AppliedStep, ...]", *, recipe: "Recipe", target: str
+    out: Path,
+    raw: bytes,
+    written: bytes,
+    steps: "tuple[AppliedStep, ...]",
+    *,
+    recipe: "Recipe",
+    target: "TargetProfile",
 ) -> CompressionSummary:
     """Return the summary of `written`, made from `raw`."""
     from qcore.canonical import sha256_bytes
+    from qcore.graph.io import parse_model
+    from qcore.lint import lint
 
     return CompressionSummary(
         output=out,
@@ -202,8 +217,9 @@ def summary_of(
         input_size_bytes=len(raw),
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
-        target=target if recipe.reads_target else "any",
+        target=target.name if recipe.reads_target else "any",
         steps=steps,
+        breaches=lint(parse_model(written, str(out)), target) if recipe.reads_target else (),
     )
 
 

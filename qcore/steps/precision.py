@@ -139,7 +139,7 @@ def mixed_precision(
         chosen = model_of(bench, found.tried)
         refuse_unusable(chosen, "the chosen model")
         write_atomic(out, chosen)
-        written = summary_of(out, raw, chosen, found.tried.steps, recipe=found.tried.recipe, target=bench.target.name)
+        written = summary_of(out, raw, chosen, found.tried.steps, recipe=found.tried.recipe, target=bench.target)
     summary = MixedSummary(
         written=written,
         found=found,
