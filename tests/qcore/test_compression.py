@@ -155,7 +155,7 @@ def test_what_helps_only_the_samples_it_was_fitted_to_is_not_kept(step):
 @pytest.mark.parametrize("target", ["npu-int8-symmetric", "x86-vnni"])
 def test_transformers_are_mended_too(step, target):
     if step["method"] == "round-weights":
-        step = {**step, "gain": False}  # a LayerNormalization restores what has faded
+        step = {**step, "gain": 0}  # a LayerNormalization restores what has faded
     shape = EncoderShape()
     proto, x = encoder(0, shape), encoder_input(shape, n=64)
     made = compress(parsed(proto), recipe_with(step, weight_bits=4), load_target(target), evidence_of(x))
