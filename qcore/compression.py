@@ -143,7 +143,8 @@ class AppliedStep:
     """What one step did: method, names that changed, nodes that were left alone and why.
 
     For a recovery step `error_before` and `error_after` are the distances of the quantized model from the float one on
-    held-out samples, without and with the step, and `kept` says whether it is in the result.
+    held-out samples, without and with the step, and `kept` says whether it is in the result; `reason` says why not
+    where nothing was measured.
     """
 
     method: str
@@ -152,6 +153,7 @@ class AppliedStep:
     kept: bool = True
     error_before: float | None = None
     error_after: float | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,7 +281,19 @@ def _once(run: _Run, model: ir.Model, step: Config, make: Callable[[], Rewrite])
     return run.shared.done[key][1]
 
 
+def _unjudged(run: _Run, step: BEFORE | AFTER) -> AppliedStep | None:
+    """Return the step as it was left out because no samples are held out to judge it, or None."""
+    evidence = _known(run)
+    if evidence.held_out:
+        return None
+    have = f"{len(evidence.fit)} batches of {evidence.batch}" if evidence.batch > 1 else f"{len(evidence.fit)} samples"
+    reason = f"not judged: of {have} none can be held out; at least 4 are needed"
+    return AppliedStep(method=step.method, changed=(), skipped=(), kept=False, reason=reason)
+
+
 def _prepare(run: _Run, model: ir.Model, step: BEFORE) -> tuple[ir.Model, AppliedStep]:
+    if (left := _unjudged(run, step)) is not None:
+        return model, left
     rewrite = _once(run, model, step, lambda: _prepared(run, model, step))
     before, after = (_distance(run, _quantized(run, m).model) for m in (model, rewrite.model))
     return _better(step.method, (model, before), (rewrite, after))
@@ -300,6 +314,8 @@ def _prepared(run: _Run, model: ir.Model, step: BEFORE) -> Rewrite:
 
 
 def _mend(run: _Run, model: ir.Model, reference: ir.Model, step: AFTER) -> tuple[ir.Model, AppliedStep]:
+    if (left := _unjudged(run, step)) is not None:
+        return model, left
     rewrite = _mended(run, model, reference, step, _known(run).fit)
     before, after = _distance(run, model), _distance(run, rewrite.model)
     return _better(step.method, (model, before), (rewrite, after))

@@ -229,5 +229,5 @@ def print_breaches(summary: steps.CompressionSummary) -> None:
 
 def _recovered(step: "AppliedStep") -> str:
     if step.error_before is None or step.error_after is None:
-        return ""
+        return step.reason or ""
     return f"{step.error_before:.4f} -> {step.error_after:.4f}" + ("" if step.kept else ", not kept")

@@ -55,6 +55,7 @@ class CompressionSummary:
                 {
                     "method": s.method,
                     "kept": s.kept,
+                    "reason": s.reason,
                     "error": None if s.error_after is None else {"before": s.error_before, "after": s.error_after},
                     "changed": list(s.changed),
                     "skipped": [{"node": k.node, "op_type": k.op_type, "reason": k.reason} for k in s.skipped],
@@ -143,7 +144,10 @@ def compress(
 
 
 def gathered(model: "ir.Model", dataset: "Dataset", samples: bool, progress: Progress) -> "Evidence":
-    """Return what recipes may ask of `dataset`: one sample in four is held out; none are read unless `samples`."""
+    """Return what recipes may ask of `dataset`: one sample in four is held out, none of fewer than four.
+
+    None are read unless `samples`.
+    """
     from qcore.canonical import sha256_bytes
     from qcore.data.dataset import batches
     from qcore.graph.io import serialize_model
@@ -163,8 +167,8 @@ def gathered(model: "ir.Model", dataset: "Dataset", samples: bool, progress: Pro
     # Of few samples too some must be held out: then batches are smaller.
     size = loaded.fixed_batch or min(RECOVERY_BATCH, max(1, dataset.n // HELD_OUT))
     fed = [ort.feeds(loaded, batch) for batch in batches(dataset, size)] if samples else []
-    held_out = tuple(fed[HELD_OUT - 1 :: HELD_OUT]) or tuple(fed)  # too few samples to hold some out
-    fit = tuple(f for k, f in enumerate(fed) if (k + 1) % HELD_OUT) or tuple(fed)
+    held_out = tuple(fed[HELD_OUT - 1 :: HELD_OUT])
+    fit = tuple(f for k, f in enumerate(fed) if (k + 1) % HELD_OUT)
     return Evidence(table=table, fit=fit, held_out=held_out, batch=size, task=dataset.card.task)
 
 
