@@ -12,6 +12,7 @@ from typing import Any, Literal
 from qcore.compression import AFTER, BEFORE, Recipe
 from qcore.config import check_config
 from qcore.methods.quantize import QuantizeStep
+from qcore.numerics.affine import container_bits
 from qcore.pareto.front import pareto_front
 from qcore.report import BUDGETS, Check, GateDecision, Outcome
 from qcore.target import TargetProfile
@@ -98,6 +99,14 @@ def with_precisions(recipe: Recipe, precisions: Mapping[str, str], nodes: Collec
         for s in recipe.steps
     ]
     return check_config({"name": name, "steps": steps}, Recipe, "ladder")
+
+
+def precision_of(recipe: Recipe, target: TargetProfile) -> str:
+    """Return what the layers of a quantizing `recipe` run in: "int8", or such as "w4a8" where bits are others."""
+    step = recipe.quantize_step
+    weights = target.weight_scheme(0, bits=None if step is None else step.weight_bits).width
+    activations = container_bits(target.activations)
+    return "int8" if weights >= 7 and activations == 8 else f"w{weights}a{activations}"
 
 
 def obstacle_of(decision: GateDecision, ceiling: GateDecision) -> Obstacle | None:

@@ -151,7 +151,7 @@ def _more_bits(run: _Run, recipe: "Recipe") -> "tuple[Recipe | None, str]":
     from qcore.ladder import obstacle_of
 
     if not run.bench.target.mixed:
-        return None, f"{run.bench.target.name} allows nothing besides int8"
+        return None, f"{run.bench.target.name} allows no other precision"
 
     def holds(tried: Tried) -> bool:
         decision = _decided(tried.report, run.policy)
