@@ -8,13 +8,15 @@ import fcntl
 import json
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
-from qcore.canonical import Digest, Json, canonical_json
+from qcore.canonical import Digest, Json, canonical_json, sha256_json
 from qcore.errors import ConfigError
-from qcore.files import fsync_dir
+from qcore.files import fsync_dir, sha256_file
 
 Run = Callable[[Json], Json]
+PACKAGE = Path(__file__).parent
 
 
 def remembered(path: Path, key: Digest, run: Run) -> Run:
@@ -39,6 +41,16 @@ def remembered(path: Path, key: Digest, run: Run) -> Run:
         return known[name]
 
     return trial
+
+
+@cache
+def source_sha256(package: Path = PACKAGE) -> Digest:
+    """Return the digest of the code, recipes and profiles in `package`: what edited code gives is another trial.
+
+    Read once per process, as the code itself.
+    """
+    files = sorted(p for kind in ("*.py", "*.yaml") for p in package.rglob(kind))
+    return sha256_json([[p.relative_to(package).as_posix(), sha256_file(p)] for p in files])
 
 
 def _entries(path: Path) -> list[Json]:

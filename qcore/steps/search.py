@@ -129,6 +129,7 @@ def prepare(
     from qcore.graph.traverse import node_name
     from qcore.methods.quantize import quantize
     from qcore.runtime.ort import runtime_version
+    from qcore.trials import source_sha256
 
     if (step := recipe.quantize_step) is None:
         raise ConfigError(f"recipe {recipe.name} does not quantize; allowed: a recipe with a quantize step")
@@ -137,14 +138,14 @@ def prepare(
     table, asked = evidence.table(reference), asked_of(target, recipe)
     changed = quantize(reference, step, asked, table).changed
     types = {node_name(n): n.op_type for n in reference.graph}
-    known = [*origin, floats.sha256, target.sha256, sha256_json(table.to_json()), __version__, runtime_version()]
+    known = [*origin, floats.sha256, target.sha256, sha256_json(table.to_json()), source_sha256()]
     return Prepared(
         model=reference,
         step=step,
         target=asked,
         table=table,
         nodes={n: types[n] for n in changed},
-        sha256=sha256_json(known),
+        sha256=sha256_json([*known, runtime_version()]),
     )
 
 

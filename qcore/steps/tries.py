@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcore import __version__
 from qcore.canonical import Digest, Json, sha256_bytes, sha256_json
 from qcore.errors import ConfigError
 from qcore.steps.compression import gathered, refuse_unusable
@@ -110,6 +109,7 @@ def open_bench(
     from qcore.graph.io import parse_model
     from qcore.runtime.ort import runtime_version
     from qcore.target import is_host, load_target
+    from qcore.trials import source_sha256
 
     model, profile, dataset = parse_model(raw, name), load_target(target), open_dataset(data, split)
     refuse_non_finite_weights(model)  # before the float model is judged: its outputs would say less
@@ -128,7 +128,7 @@ def open_bench(
         judge=cache(partial(judge_of, raw, judging, timing, progress)),
         shared=Shared(told=lambda method, done, total: progress(f"step {method}", done, total)),
         out=out,
-        key=sha256_json(["recipes", *known, __version__, runtime_version()]),
+        key=sha256_json(["recipes", *known, source_sha256(), runtime_version()]),
         progress=progress,
     )
 

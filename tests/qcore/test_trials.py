@@ -1,6 +1,7 @@
 """Trials are remembered across processes, also one that is killed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import conv_net, save, write_data
 
 from qcore.errors import ConfigError
-from qcore.trials import remembered
+from qcore.trials import PACKAGE, remembered, source_sha256
 
 SLOW = """
 import sys, time
@@ -94,3 +96,34 @@ def test_after_kill_9_no_finished_trial_is_repeated(tmp_path):
     assert done.stdout.strip() == str([k * k for k in range(12)])
     after = ran.read_text().split()[len(before) :]
     assert after == [str(k) for k in range(finished, 12)]
+
+
+def test_edited_code_asks_its_trials_again_and_the_same_code_does_not(tmp_path):
+    site, journal = tmp_path / "site", tmp_path / "s.json.trials.jsonl"
+    shutil.copytree(PACKAGE, site / "qcore", ignore=shutil.ignore_patterns("__pycache__"))
+    model, card = save(conv_net(), tmp_path / "m.onnx"), write_data(tmp_path, conv_net())
+    command = [sys.executable, "-P", "-m", "qcore", "sensitivity", "--model", model, "--data", card]
+    command += ["--target", "x86-vnni", "--samples", "4", "--out", tmp_path / "s.json"]
+
+    def trials():
+        subprocess.run(list(map(str, command)), env={**os.environ, "PYTHONPATH": str(site)}, check=True)
+        return journal.read_bytes().splitlines()
+
+    first = trials()
+    assert first
+    assert trials() == first
+    (site / "qcore/numerics/affine.py").open("a").write("# the same numbers, as far as anybody can tell\n")
+    again = trials()
+    assert again[: len(first)] == first
+    assert len(again) == 2 * len(first)
+
+
+def test_the_digest_of_the_code_is_of_names_and_contents(tmp_path):
+    digests = []
+    for k, (name, text) in enumerate([("a.py", "1"), ("a.py", "2"), ("b.py", "2"), ("a.yaml", "2"), ("a.pyc", "2")]):
+        (tmp_path / str(k)).mkdir()
+        (tmp_path / str(k) / name).write_text(text)
+        digests.append(source_sha256(tmp_path / str(k)))
+    assert len(set(digests)) == 5
+    (tmp_path / "5").mkdir()
+    assert source_sha256(tmp_path / "5") == digests[4]  # compiled files are no source
