@@ -199,7 +199,7 @@ def _passed(attempts: list[Attempt]) -> Climb:
 def _missed(attempts: list[Attempt], searched: str | None, unreachable: str | None) -> Climb:
     chosen = _nearest(attempts)
     best = attempts[chosen]
-    said = [f"no recipe passes; {best.recipe} is nearest to float (held-out error {best.error:.4g}; {best.reason})"]
+    said = [f"no recipe passes; {best.recipe} is nearest to float (held-out error {best.error:.3g}; {best.reason})"]
     said += [f"mixed precision: {searched}"] if searched else []
     train = "hand over to training: qcore finetune --method qat"
     if unreachable:

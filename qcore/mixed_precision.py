@@ -104,13 +104,13 @@ def search_precision(
         allowed = ", ".join(str(p) for p in levels[1:]) or "nothing"
         why = (
             f"{budget} does not hold with all layers promoted; the device allows {allowed} besides what the recipe "
-            f"gives (least error {best.trial.error:.4g})"
+            f"gives (least error {best.trial.error:.3g})"
         )
         return _finished(search, best.precision, False, why)
     assignment = _fewest(search, levels[: top + 1])
     assignment = _demoted(search, assignment, max_demotions)
     error, why = _tried(search, assignment).trial.error, in_words(assignment, len(ranked))
-    return _finished(search, assignment, True, f"{why}: error {error:.4g}, {budget}")
+    return _finished(search, assignment, True, f"{why}: error {error:.3g}, {budget}")
 
 
 def in_words(assignment: Assignment, layers: int) -> str:

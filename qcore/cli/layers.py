@@ -148,7 +148,7 @@ def _print_mixed(result: steps.MixedSummary) -> None:
     for k in sorted({*search.pareto, chosen}, key=lambda k: search.attempts[k].trial.error):
         trial = search.attempts[k].trial
         latency = "" if trial.latency_ms is None else f"{trial.latency_ms:.2f} ms"
-        cells = (result.words(k), f"{trial.error:.4g}", size(trial.size_bytes), *([latency] if timed else []))
+        cells = (result.words(k), f"{trial.error:.3g}", size(trial.size_bytes), *([latency] if timed else []))
         rows.append((*cells, "holds" if trial.holds else "does not", "<-" if k == chosen else ""))
     columns = ("precisions", "error", "size", *(["latency"] if timed else []), "budget", "chosen")
     title = f"Pareto front of {len(search.attempts)} trials on {result.samples} samples of {result.judged_on}"

@@ -90,7 +90,7 @@ def _print_ladder(result: steps.AutoSummary) -> None:
     for k, a in enumerate(climb.attempts):
         latency = [] if not timed else ["" if a.latency_ms is None else f"{a.latency_ms:.2f} ms"]
         marks = ("chosen" if k == climb.chosen else "") + ("*" if k in climb.pareto else "")
-        rows.append((a.recipe, f"{a.error:.4f}", size(a.size_bytes), *latency, a.outcome, a.reason, marks))
+        rows.append((a.recipe, f"{a.error:.3g}", size(a.size_bytes), *latency, a.outcome, a.reason, marks))
     columns = ("recipe", "held-out error", "size", *(["latency"] if timed else []), "gate", "why", "")
     print_table(f"Ladder, judged on {result.judged_on}; * nothing beats it in all columns", columns, rows)
 
@@ -230,4 +230,4 @@ def print_breaches(summary: steps.CompressionSummary) -> None:
 def _recovered(step: "AppliedStep") -> str:
     if step.error_before is None or step.error_after is None:
         return step.reason or ""
-    return f"{step.error_before:.4f} -> {step.error_after:.4f}" + ("" if step.kept else ", not kept")
+    return f"{step.error_before:.3g} -> {step.error_after:.3g}" + ("" if step.kept else ", not kept")

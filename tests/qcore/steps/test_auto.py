@@ -267,6 +267,18 @@ def test_the_command_says_what_was_tried(inputs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Ladder, judged on evaluation" in printed
     assert "stopped: auto-per-tensor is the first" in printed
+    assert f" {value['ladder'][0]['error']:.3g} " in printed
+
+
+def test_small_held_out_errors_are_told_apart(inputs, tmp_path, capsys):
+    recovery = ("--recipe", "int8-rounded", "--target", "x86-vnni")
+    assert command(inputs, tmp_path / "q.onnx", *recovery, "--json") == 0
+    errors = [s["error"] for s in json.loads(capsys.readouterr().out)["steps"] if s["error"]]
+    assert errors
+    assert any(e["after"] < 1e-3 for e in errors)
+    assert command(inputs, tmp_path / "q.onnx", *recovery) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{e['before']:.3g} -> {e['after']:.3g}" in printed for e in errors)
 
 
 @pytest.mark.parametrize(
