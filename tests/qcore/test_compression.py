@@ -222,6 +222,17 @@ def test_layers_without_a_bias_get_one(target):
     assert [len(n.input) for n in layers] == [3, 3, 3]
 
 
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("int4", 4)])
+def test_four_bits_take_half_a_byte_only_where_the_target_stores_them_so(weights, bits):
+    recipe = load_recipe("int4-rounded")
+    assert "A weight still takes one byte" in recipe.description
+    target = profile("npu-int8-symmetric", weights=weights)
+    graph = read(compress(parsed(outlier_net()), recipe, target, evidence_of(images())).model).graph
+    stored = [i for i in graph.initializer if len(i.dims) > 1]
+    assert stored
+    assert {8 * len(i.raw_data) // np.prod(i.dims) for i in stored} == {bits}
+
+
 def steps_of(*methods):
     value = {"name": "wrong", "steps": [m if isinstance(m, dict) else {"method": m} for m in methods]}
     return check_config(value, Recipe, "recipe")
