@@ -1,16 +1,14 @@
-"""Recipes: the ordered steps of one compression run, and which of them are kept."""
+"""One compression run: the steps of a recipe applied in order, and which of them are kept."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Literal, assert_never
+from typing import assert_never
 
 import numpy as np
 import onnx_ir as ir
-from pydantic import Field
 
-from qcore.config import Config, load_config
+from qcore.config import Config
 from qcore.errors import ConfigError
 from qcore.graph.finite import refuse_non_finite_weights
 from qcore.graph.fold import fold_batchnorm
@@ -26,116 +24,10 @@ from qcore.methods.quantize import QuantizeStep, quantize
 from qcore.methods.round_weights import RoundWeightsStep, round_weights
 from qcore.methods.smooth import SmoothStep, smooth, tensors_to_smooth
 from qcore.methods.weights import QuantizeWeightsStep, quantize_weights
+from qcore.recipe import AFTER, BEFORE, FoldBatchnormStep, GemmHeadStep, Recipe, check_order
 from qcore.recovery import Evidence, Tensors, channel_statistics, output_distance
 from qcore.refinement import refine_layers
-from qcore.target import TargetProfile, shipped_or_file
-
-RECIPES = Path(__file__).with_name("recipes")
-
-
-class FoldBatchnormStep(Config):
-    """The recipe step `fold-batchnorm`; it has no options."""
-
-    method: Literal["fold-batchnorm"] = "fold-batchnorm"
-
-
-class GemmHeadStep(Config):
-    """The recipe step `gemm-head`; it has no options."""
-
-    method: Literal["gemm-head"] = "gemm-head"
-
-
-Step = Annotated[
-    FoldBatchnormStep
-    | GemmHeadStep
-    | PruneStep
-    | EqualizeStep
-    | SmoothStep
-    | AbsorbBiasStep
-    | QuantizeStep
-    | CorrectBiasStep
-    | RoundWeightsStep
-    | QuantizeDynamicStep
-    | QuantizeWeightsStep
-    | Float16Step,
-    Field(discriminator="method"),
-]
-BEFORE = EqualizeStep | SmoothStep | AbsorbBiasStep
-"""Recovery steps that prepare a float model for `quantize`."""
-AFTER = CorrectBiasStep | RoundWeightsStep
-"""Recovery steps that mend a model behind `quantize`."""
-
-
-class Recipe(Config):
-    """Steps in the order in which they are applied; at most one `quantize`, and only recovery follows it.
-
-    Recovery steps (`BEFORE` and `AFTER`) are kept only if the quantized model comes closer to the float one on samples
-    that were held out.
-    """
-
-    name: str = Field(pattern=r"^[a-z0-9.-]+$")
-    description: str = ""
-    steps: tuple[Step, ...] = Field(min_length=1)
-
-    @property
-    def quantize_step(self) -> QuantizeStep | None:
-        """The step `quantize`, if there is one."""
-        return next((s for s in self.steps if isinstance(s, QuantizeStep)), None)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether a step reads a calibration table."""
-        return self.quantize_step is not None
-
-    @property
-    def needs_samples(self) -> bool:
-        """Whether a step runs the model on samples: a table is not enough."""
-        return any(isinstance(s, BEFORE | AFTER) for s in self.steps)
-
-    @property
-    def reads_target(self) -> bool:
-        """Whether a step looks at the target profile."""
-        return any(isinstance(s, QuantizeStep | QuantizeDynamicStep | BEFORE | AFTER) for s in self.steps)
-
-
-def load_recipe(name: str) -> Recipe:
-    """Return the shipped recipe `name`, or the recipe in the YAML file `name`.
-
-    Raises:
-        ConfigError: there is no such recipe, an unknown field, a value out of range, or steps in an order that makes
-            no sense.
-    """
-    recipe = load_config(shipped_or_file(name, RECIPES, "recipe"), Recipe, "recipe")
-    check_order(recipe)
-    return recipe
-
-
-def check_order(recipe: Recipe) -> None:
-    """Refuse a recipe whose steps cannot follow each other.
-
-    Raises:
-        ConfigError: names the recipe and the rule.
-    """
-    quantized = False
-    for step in recipe.steps:
-        if quantized and not isinstance(step, AFTER):
-            raise ConfigError(
-                f"recipe {recipe.name}: step {step.method} follows quantize; allowed behind it: correct-bias, "
-                "round-weights"
-            )
-        if not quantized and isinstance(step, AFTER):
-            raise ConfigError(
-                f"recipe {recipe.name}: step {step.method} mends a quantized model; put it behind quantize"
-            )
-        quantized = quantized or isinstance(step, QuantizeStep)
-    mends = next((s for s in recipe.steps if isinstance(s, AFTER)), None)
-    if mends is not None and recipe.quantize_step is not None and recipe.quantize_step.form != "qdq":
-        raise ConfigError(f"recipe {recipe.name}: step {mends.method} mends QDQ models; allowed: form: qdq")
-    prepares = next((s for s in recipe.steps if isinstance(s, BEFORE)), None)
-    if prepares is not None and not quantized:
-        raise ConfigError(
-            f"recipe {recipe.name}: step {prepares.method} prepares for quantize, which is missing; add it"
-        )
+from qcore.target import TargetProfile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

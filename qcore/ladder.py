@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qcore.compression import AFTER, BEFORE, Recipe
 from qcore.config import check_config
 from qcore.methods.quantize import QuantizeStep
 from qcore.numerics.affine import container_bits
 from qcore.pareto.front import pareto_front
+from qcore.recipe import AFTER, BEFORE, Recipe
 from qcore.report import BUDGETS, Check, GateDecision, Outcome
 from qcore.target import TargetProfile
 

@@ -20,9 +20,9 @@ from qcore.steps.tries import (
 )
 
 if TYPE_CHECKING:
-    from qcore.compression import Recipe
     from qcore.gate import GatePolicy
     from qcore.ladder import Attempt, Climb
+    from qcore.recipe import Recipe
     from qcore.report import EvaluationReport, GateDecision
 
 

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qcore.calibration import CalibrationTable
-    from qcore.compression import AppliedStep, Recipe
+    from qcore.compression import AppliedStep
     from qcore.data.dataset import Dataset
     from qcore.lint import Finding
+    from qcore.recipe import Recipe
     from qcore.recovery import Evidence
     from qcore.target import TargetProfile
 
@@ -68,8 +69,8 @@ class CompressionSummary:
 
 def prune(*, model: Path, out: Path, sparsity: float = 0.5) -> CompressionSummary:
     """Return the summary of `out`: `model` with the fraction `sparsity` of every layer's weights set to zero."""
-    from qcore.compression import Recipe
     from qcore.config import check_config
+    from qcore.recipe import Recipe
 
     recipe = check_config(
         {"name": "prune", "steps": [{"method": "prune", "sparsity": sparsity}]}, Recipe, "prune options"
@@ -89,9 +90,9 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
     """
     from qcore.calibration import check_table, load_table
     from qcore.canonical import sha256_bytes
-    from qcore.compression import load_recipe
     from qcore.graph.io import parse_model, read_model_bytes
     from qcore.methods.prune import PruneStep
+    from qcore.recipe import load_recipe
     from qcore.recovery import Evidence
 
     refuse_overwrite(out, model, table, recipe, target)
@@ -128,8 +129,8 @@ def compress(
     Raises:
         ConfigError: the recipe needs calibration data and there are none. Data that it does not need are not read.
     """
-    from qcore.compression import load_recipe
     from qcore.data.dataset import open_dataset
+    from qcore.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     refuse_overwrite(out, model, recipe, target, data=data)

@@ -15,8 +15,8 @@ from qcore.steps.search import SENSITIVITY_SAMPLES, prepare, rank_layers
 from qcore.steps.tries import Bench, Tried, forget_models, journal_path, model_of, open_bench, try_recipe
 
 if TYPE_CHECKING:
-    from qcore.compression import Recipe
     from qcore.mixed_precision import Assignment, PrecisionSearch, Trial
+    from qcore.recipe import Recipe
     from qcore.sensitivity import Sensitivity
 
 PRECISION_SCHEMA = "qcore.precision/1"
@@ -124,10 +124,10 @@ def mixed_precision(
     Raises:
         ConfigError: the budget does not fit the data, or a file is wrong.
     """
-    from qcore.compression import load_recipe
     from qcore.files import write_atomic, write_json
     from qcore.graph.io import read_model_bytes
     from qcore.ladder import precision_of
+    from qcore.recipe import load_recipe
 
     report, page = pareto_paths(out)
     for path in (out, report, page, journal_path(out)):

@@ -18,8 +18,9 @@ from qcore.steps.judgement import BRIEF, ONE_RUN, TIMING, Judge, judge_of, judge
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from qcore.compression import AppliedStep, Compressed, Recipe, Shared
+    from qcore.compression import AppliedStep, Compressed, Shared
     from qcore.data.dataset import Dataset
+    from qcore.recipe import Recipe
     from qcore.recovery import Evidence
     from qcore.report import EvaluationReport
     from qcore.target import TargetProfile

@@ -14,12 +14,13 @@ from quantizing import profile, samples
 from recovering import Net, evidence_of, images, outlier_net, parsed, recipe_with
 from transformers import EncoderShape, encoder, encoder_input, exported_encoder, with_outliers
 
-from qcore.compression import Recipe, check_order, compress, load_recipe
+from qcore.compression import compress
 from qcore.config import check_config
 from qcore.errors import ConfigError
 from qcore.graph.io import serialize_model
 from qcore.lint import lint
 from qcore.methods.correct_bias import correct_bias
+from qcore.recipe import Recipe, check_order, load_recipe
 from qcore.recovery import output_distance
 from qcore.refinement import refine_layers
 from qcore.target import load_target

@@ -2,11 +2,11 @@
 
 import pytest
 
-from qcore.compression import Recipe
 from qcore.config import check_config, parse_config
 from qcore.data.card import DataCard
 from qcore.errors import ConfigError
 from qcore.gate import GatePolicy
+from qcore.recipe import Recipe
 
 STEP = "field 'steps.0.round-weights."
 PULL = "a number above 0, auto or null"
