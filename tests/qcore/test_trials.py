@@ -80,6 +80,23 @@ def test_damage_in_the_middle_is_refused(tmp_path):
         remembered(path, "k", lambda x: x)
 
 
+@pytest.mark.parametrize("changed", [b'"twice":3', b'"twice":NaN', b'"thrice":2', b'"twice":"2"'])
+def test_a_line_that_says_something_else_than_was_written_is_refused(tmp_path, changed):
+    path = tmp_path / "t.jsonl"
+    counting(path)[0](1)
+    path.write_bytes(path.read_bytes().replace(b'"twice":2', changed))
+    with pytest.raises(ConfigError, match="line 1 was changed; delete the file to start over"):
+        counting(path)
+
+
+def test_lines_without_a_digest_are_trials_of_an_older_version(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"key":"key","trial":1,"result":{"twice":3}}\n')
+    trial, ran = counting(path)
+    assert trial(1) == {"twice": 2}
+    assert ran == [1]
+
+
 def test_after_kill_9_no_finished_trial_is_repeated(tmp_path):
     command = [sys.executable, "-c", SLOW, str(tmp_path)]
     journal, ran = tmp_path / "journal.jsonl", tmp_path / "ran.txt"
