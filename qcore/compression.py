@@ -1,9 +1,9 @@
 """One compression run: the steps of a recipe applied in order, and which of them are kept."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
 import onnx_ir as ir
@@ -18,16 +18,20 @@ from qcore.methods.absorb_bias import AbsorbBiasStep, absorb_bias, activations_t
 from qcore.methods.correct_bias import CorrectBiasStep, correct_bias, correct_bias_analytically, inputs_of_layers
 from qcore.methods.dynamic import QuantizeDynamicStep, quantize_dynamic
 from qcore.methods.equalize import EqualizeStep, equalize
+from qcore.methods.finetune import Epoch, FinetuneStep, QatStep
 from qcore.methods.half import Float16Step, to_float16
 from qcore.methods.prune import PruneStep, prune
 from qcore.methods.quantize import QuantizeStep, quantize
 from qcore.methods.round_weights import RoundWeightsStep, round_weights
 from qcore.methods.smooth import SmoothStep, smooth, tensors_to_smooth
 from qcore.methods.weights import QuantizeWeightsStep, quantize_weights
-from qcore.recipe import AFTER, BEFORE, FoldBatchnormStep, GemmHeadStep, Recipe, check_order
+from qcore.recipe import AFTER, BEFORE, TRAINING, FoldBatchnormStep, GemmHeadStep, Recipe, check_order
 from qcore.recovery import Evidence, Tensors, channel_statistics, output_distance
 from qcore.refinement import refine_layers
 from qcore.target import TargetProfile
+
+if TYPE_CHECKING:
+    from qcore.training.finetune import Lessons, Schooling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +40,8 @@ class AppliedStep:
 
     For a recovery step `error_before` and `error_after` are the distances of the quantized model from the float one on
     held-out samples, without and with the step, and `kept` says whether it is in the result; `reason` says why not
-    where nothing was measured.
+    where nothing was measured. For a step that trains they are the losses on the validation samples, and `epochs` how
+    it went from the state before training on.
     """
 
     method: str
@@ -46,6 +51,7 @@ class AppliedStep:
     error_before: float | None = None
     error_after: float | None = None
     reason: str | None = None
+    epochs: tuple[Epoch, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,10 +73,12 @@ class Shared:
     """What the runs of several recipes on one model share: float steps that were done, and who is told of each step.
 
     `told` gets the method, the number of steps done, and of how many. The float models in `done` stay in memory.
+    `school` gives what a step at some position trains with; None where nothing trains.
     """
 
     done: dict[tuple[int, str, str], tuple[ir.Model, Rewrite]] = field(default_factory=dict)
     told: Callable[[str, int, int], None] = lambda method, done, total: None
+    school: "Callable[[TRAINING, int], Schooling] | None" = None
 
 
 def compress(
@@ -92,7 +100,8 @@ def compress(
     check_order(recipe)
     refuse_non_finite_weights(model)
     shared = shared or Shared()
-    run = _Run(recipe=recipe, target=asked_of(target, recipe), evidence=evidence, original=model, shared=shared)
+    asked = asked_of(target, recipe)
+    run = _Run(recipe=recipe, target=asked, evidence=evidence, original=model, reference=model, shared=shared)
     applied, reference = [], model
     kept: list[AFTER] = []
     for position, step in enumerate(recipe.steps):
@@ -107,6 +116,12 @@ def compress(
             case CorrectBiasStep() | RoundWeightsStep():
                 model, done = _mend(run, model, reference, step)
                 kept += [step] if done.kept else []
+            case FinetuneStep():
+                model, done = _finetuned(run, model, step, position)
+                run = replace(run, reference=model, distances={})
+            case QatStep():
+                model, kept = (_of_all_samples(run, model, reference, kept) if kept else model), []
+                model, done = _aware(run, (model, reference), step, position)
             case _:
                 rewrite = _once(run, model, step, partial(apply_step, model, step, target))
                 model = rewrite.model
@@ -115,18 +130,23 @@ def compress(
     if kept:
         model = _of_all_samples(run, model, reference, kept)
     shared.told(recipe.steps[-1].method, len(recipe.steps), len(recipe.steps))
-    measured = [s.error_after if s.kept else s.error_before for s in applied if s.error_after is not None]
+    judged = [s for s in applied if s.error_after is not None and not s.epochs]
+    measured = [s.error_after if s.kept else s.error_before for s in judged]
     return Compressed(model=model, reference=reference, steps=tuple(applied), error=measured[-1] if measured else None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Run:
-    """One recipe being applied; quantized models and distances are kept, since recovery steps ask for them again."""
+    """One recipe being applied; quantized models and distances are kept, since recovery steps ask for them again.
+
+    `reference` is what recovery comes close to: `original`, or what training made of it.
+    """
 
     recipe: Recipe
     target: TargetProfile
     evidence: Evidence | None
     original: ir.Model
+    reference: ir.Model
     shared: Shared
     quantized: dict[int, tuple[ir.Model, Rewrite]] = field(default_factory=dict)
     distances: dict[int, tuple[ir.Model, float]] = field(default_factory=dict)
@@ -161,7 +181,7 @@ def _quantized(run: _Run, model: ir.Model) -> Rewrite:
 
 def _distance(run: _Run, model: ir.Model) -> float:
     if id(model) not in run.distances:
-        run.distances[id(model)] = (model, output_distance(model, run.original, _known(run)))
+        run.distances[id(model)] = (model, output_distance(model, run.reference, _known(run)))
     return run.distances[id(model)][1]
 
 
@@ -228,6 +248,47 @@ def _mended(run: _Run, model: ir.Model, reference: ir.Model, step: AFTER, sample
     )
     some = evidence.first(samples, step.samples)
     return refine_layers(model, reference, some, refine, step.positions, float_biases=floats)
+
+
+def _school(run: _Run, step: TRAINING, position: int) -> "Schooling":
+    if run.shared.school is None:
+        raise ConfigError(
+            f"recipe {run.recipe.name} trains (step {step.method}), which needs samples to learn from; run `qcore "
+            "compress` or `qcore finetune` with --data"
+        )
+    return run.shared.school(step, position)
+
+
+def _finetuned(run: _Run, model: ir.Model, step: FinetuneStep, position: int) -> tuple[ir.Model, AppliedStep]:
+    school = _school(run, step, position)
+    from qcore.training.finetune import finetune  # torch is an extra, and slow to import
+
+    return _taught(step, model, finetune(model, run.original, step, school))
+
+
+def _aware(run: _Run, models: tuple[ir.Model, ir.Model], step: QatStep, position: int) -> tuple[ir.Model, AppliedStep]:
+    school, quantize_step = _school(run, step, position), run.recipe.quantize_step
+    assert quantize_step is not None  # noqa: S101 - check_order has looked
+    from qcore.training.finetune import quantization_aware
+
+    formats = (run.target, quantize_step.weight_bits)
+    return _taught(step, models[0], quantization_aware(models[0], (models[1], run.original), step, formats, school))
+
+
+def _taught(step: TRAINING, before: ir.Model, lessons: "Lessons") -> tuple[ir.Model, AppliedStep]:
+    """Return the model as training left it, and how that went."""
+    start, best = lessons.epochs[0], lessons.epochs[lessons.best]
+    kept = lessons.best > 0
+    done = AppliedStep(
+        method=step.method,
+        changed=lessons.rewrite.changed,
+        skipped=lessons.rewrite.skipped,
+        kept=kept,
+        error_before=start.validation,
+        error_after=best.validation if kept else min(e.validation for e in lessons.epochs[1:]),
+        epochs=lessons.epochs,
+    )
+    return (lessons.rewrite.model if kept else before), done
 
 
 def _of_all_samples(run: _Run, model: ir.Model, reference: ir.Model, kept: list[AFTER]) -> ir.Model:

@@ -14,6 +14,7 @@ from qcore.methods.absorb_bias import AbsorbBiasStep
 from qcore.methods.correct_bias import CorrectBiasStep
 from qcore.methods.dynamic import QuantizeDynamicStep
 from qcore.methods.equalize import EqualizeStep
+from qcore.methods.finetune import FinetuneStep, QatStep
 from qcore.methods.half import Float16Step
 from qcore.methods.prune import PruneStep
 from qcore.methods.quantize import QuantizeStep
@@ -41,12 +42,14 @@ Step = Annotated[
     FoldBatchnormStep
     | GemmHeadStep
     | PruneStep
+    | FinetuneStep
     | EqualizeStep
     | SmoothStep
     | AbsorbBiasStep
     | QuantizeStep
     | CorrectBiasStep
     | RoundWeightsStep
+    | QatStep
     | QuantizeDynamicStep
     | QuantizeWeightsStep
     | Float16Step,
@@ -56,6 +59,8 @@ BEFORE = EqualizeStep | SmoothStep | AbsorbBiasStep
 """Recovery steps that prepare a float model for `quantize`."""
 AFTER = CorrectBiasStep | RoundWeightsStep
 """Recovery steps that mend a model behind `quantize`."""
+TRAINING = FinetuneStep | QatStep
+"""Steps that train: on the float model, and behind `quantize` and all that mends."""
 
 
 class Recipe(Config):
@@ -85,6 +90,11 @@ class Recipe(Config):
         return any(isinstance(s, BEFORE | AFTER) for s in self.steps)
 
     @property
+    def training_steps(self) -> tuple[TRAINING, ...]:
+        """The steps that train."""
+        return tuple(s for s in self.steps if isinstance(s, TRAINING))
+
+    @property
     def reads_target(self) -> bool:
         """Whether a step looks at the target profile."""
         return any(isinstance(s, QuantizeStep | QuantizeDynamicStep | BEFORE | AFTER) for s in self.steps)
@@ -108,19 +118,22 @@ def check_order(recipe: Recipe) -> None:
     Raises:
         ConfigError: names the recipe and the rule.
     """
-    quantized = False
+    quantized = trained = False
     for step in recipe.steps:
-        if quantized and not isinstance(step, AFTER):
+        if quantized and not isinstance(step, AFTER | QatStep):
             raise ConfigError(
                 f"recipe {recipe.name}: step {step.method} follows quantize; allowed behind it: correct-bias, "
-                "round-weights"
+                "round-weights, qat"
             )
-        if not quantized and isinstance(step, AFTER):
+        if not quantized and isinstance(step, AFTER | QatStep):
             raise ConfigError(
                 f"recipe {recipe.name}: step {step.method} mends a quantized model; put it behind quantize"
             )
+        if trained and isinstance(step, AFTER):
+            raise ConfigError(f"recipe {recipe.name}: step {step.method} would undo qat; put it before qat")
         quantized = quantized or isinstance(step, QuantizeStep)
-    mends = next((s for s in recipe.steps if isinstance(s, AFTER)), None)
+        trained = trained or isinstance(step, QatStep)
+    mends = next((s for s in recipe.steps if isinstance(s, AFTER | QatStep)), None)
     if mends is not None and recipe.quantize_step is not None and recipe.quantize_step.form != "qdq":
         raise ConfigError(f"recipe {recipe.name}: step {mends.method} mends QDQ models; allowed: form: qdq")
     prepares = next((s for s in recipe.steps if isinstance(s, BEFORE)), None)

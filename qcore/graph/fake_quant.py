@@ -61,7 +61,8 @@ class TrainedLayer:
 class FakeQuantized:
     """`model` is float; `activations` and the `weight` of each layer say what is rounded in it.
 
-    `scales` holds the scales at the start by name; `copies` the initializers of the QDQ graph that hold each.
+    `scales` holds the scales at the start by name; `copies` the initializers of the QDQ graph that hold each. Those of
+    integer graph inputs and outputs are `fixed`: the caller knows them. The float graph takes and gives real numbers.
     """
 
     model: ir.Model
@@ -69,6 +70,7 @@ class FakeQuantized:
     layers: tuple[TrainedLayer, ...]
     scales: Mapping[str, NDArray[np.float32]]
     copies: Mapping[str, tuple[str, ...]]
+    fixed: frozenset[str]
     skipped: tuple[Skipped, ...]
 
     @property
@@ -110,6 +112,7 @@ def fake_quantized(
         layers=layers,
         scales={name: array for name, array in scales.arrays.items() if scales.first(name) == name},
         copies=scales.copies(),
+        fixed=frozenset(map(scales.first, draft.fixed)),
         skipped=tuple(draft.skipped),
     )
 
@@ -180,31 +183,44 @@ class _Draft:
     layers: list[TrainedLayer] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     of_value: dict[ir.Value, str] = field(default_factory=dict)
+    fixed: set[str] = field(default_factory=set)
 
 
 def _release_pairs(graph: ir.Graph, draft: _Draft) -> None:
-    """Put an Identity in place of every pair Q -> DQ and note its quantizer."""
+    """Put an Identity in place of every pair Q -> DQ, and of those that the graph's caller does the other half of."""
     for node in [n for n in graph if is_dequantize(n)]:
-        source = node.inputs[0].producer() if node.inputs[0] is not None else None
-        if source is None or not is_quantize(source) or source.inputs[0] is None or node.inputs[1] is None:
-            continue
-        scale, zero = constant_array(node.inputs[1]), constant_array(node.inputs[2])
-        if scale is None or zero is None or scale.ndim:
-            continue
-        name = str(node.inputs[1].name)
-        draft.scales.add(name, scale.astype(np.float32))
-        identity = ir.node("Identity", [source.inputs[0]], name=f"{node_name(node)}_identity")
-        result = identity.outputs[0]
-        graph.insert_before(node, identity)
-        remove_in_favour_of(node, result)
-        if not source.outputs[0].uses() and not source.outputs[0].is_graph_output():
-            graph.remove(source, safe=True)
-        low, high = QScheme(dtype=_dtype(zero)).levels
-        q = QParams(
-            scale=scale.astype(np.float32), zero_point=zero.astype(np.int32), dtype=_dtype(zero), qmin=low, qmax=high
-        )
-        draft.activations.append(Quantizer(value=str(result.name), scale=name, q=q))
-        draft.of_value[result] = name
+        source = node.inputs[0]
+        quantize = source.producer() if source is not None else None
+        if quantize is not None and is_quantize(quantize):
+            _release(graph, node, quantize.inputs[0], draft)
+            if not quantize.outputs[0].uses() and not quantize.outputs[0].is_graph_output():
+                graph.remove(quantize, safe=True)
+        elif source is not None and source.is_graph_input() and not source.is_initializer():
+            source.type = ir.TensorType(ir.DataType.FLOAT)
+            _release(graph, node, source, draft, fixed=True)
+    for node in [n for n in graph if is_quantize(n) and n.outputs[0].is_graph_output()]:
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        _release(graph, node, node.inputs[0], draft, fixed=True)
+
+
+def _release(graph: ir.Graph, node: ir.Node, real: ir.Value | None, draft: _Draft, *, fixed: bool = False) -> None:
+    """Let the readers of `node` read `real` through an Identity, and note the quantizer; not if it is per channel."""
+    scale, zero = constant_array(node.inputs[1]), constant_array(node.inputs[2])
+    if real is None or scale is None or zero is None or scale.ndim or node.inputs[1] is None:
+        return
+    name = str(node.inputs[1].name)
+    draft.scales.add(name, scale.astype(np.float32))
+    draft.fixed |= {name} if fixed else set()
+    identity = ir.node("Identity", [real], name=f"{node_name(node)}_identity")
+    result = identity.outputs[0]
+    graph.insert_before(node, identity)
+    remove_in_favour_of(node, result)
+    low, high = QScheme(dtype=_dtype(zero)).levels
+    q = QParams(
+        scale=scale.astype(np.float32), zero_point=zero.astype(np.int32), dtype=_dtype(zero), qmin=low, qmax=high
+    )
+    draft.activations.append(Quantizer(value=str(result.name), scale=name, q=q))
+    draft.of_value[result] = name
 
 
 def _dtype(zero: NDArray[np.generic]) -> Levels:
@@ -280,7 +296,7 @@ def _release_bias(graph: ir.Graph, node: ir.Node, draft: _Draft) -> TrainedBias 
     data = node.inputs[0]
     if value is None or dequantize is None or not is_dequantize(dequantize):
         return None
-    input_scale = _scale_of(data, draft)
+    input_scale = draft.of_value.get(data) if data is not None else None
     stored, scale_value = dequantize.inputs[0], dequantize.inputs[1]
     integers, scale = constant_array(stored), constant_array(scale_value)
     if stored is None or scale_value is None or integers is None or scale is None or input_scale is None:
@@ -296,18 +312,6 @@ def _release_bias(graph: ir.Graph, node: ir.Node, draft: _Draft) -> TrainedBias 
         stored_scale=str(scale_value.name),
         input_scale=input_scale,
     )
-
-
-def _scale_of(data: ir.Value | None, draft: _Draft) -> str | None:
-    """Return the name of the scale of what a layer reads; that of an integer graph input stays as it is."""
-    if data is None or data in draft.of_value:
-        return None if data is None else draft.of_value[data]
-    source = data.producer()
-    if source is None or not is_dequantize(source) or (scale := constant_array(source.inputs[1])) is None:
-        return None
-    name = str(source.inputs[1].name) if source.inputs[1] is not None else ""
-    draft.scales.add(name, scale.astype(np.float32))
-    return name
 
 
 def _named(layer: TrainedLayer, scales: _Scales) -> TrainedLayer:

@@ -1,13 +1,13 @@
 """Compression on files: a model in, the bytes of a smaller one and a summary out."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcore.canonical import Digest, Json
 from qcore.errors import ConfigError
 from qcore.steps.calibration import CALIBRATION_BINS, count_table
-from qcore.steps.guard import Progress, refuse_overwrite, silent
+from qcore.steps.guard import Progress, is_first, refuse_overwrite, silent
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qcore.lint import Finding
     from qcore.recipe import Recipe
     from qcore.recovery import Evidence
+    from qcore.steps.training import School
     from qcore.target import TargetProfile
 
 RECOVERY_BATCH = 8
@@ -58,6 +59,7 @@ class CompressionSummary:
                     "kept": s.kept,
                     "reason": s.reason,
                     "error": None if s.error_after is None else {"before": s.error_before, "after": s.error_after},
+                    "epochs": [asdict(e) for e in s.epochs],
                     "changed": list(s.changed),
                     "skipped": [{"node": k.node, "op_type": k.op_type, "reason": k.reason} for k in s.skipped],
                 }
@@ -134,14 +136,39 @@ def compress(
 
     loaded = load_recipe(recipe)
     refuse_overwrite(out, model, recipe, target, data=data)
-    if not loaded.needs_calibration:
+    if not loaded.needs_calibration and not loaded.training_steps:
         return _compressed(model, out, loaded, target, None, progress)
     if data is None:
+        does = "calibrates" if loaded.needs_calibration else "trains"
         raise ConfigError(
-            f"recipe {loaded.name} calibrates and got no data; allowed: a data card; pass --data CARD, or a recipe "
+            f"recipe {loaded.name} {does} and got no data; allowed: a data card; pass --data CARD, or a recipe "
             "without calibration (int8-dynamic, int8-weights, int4-weights, float16)"
         )
+    if loaded.training_steps:
+        return _trained(model, out, loaded, target, (data, split), progress)
     return _compressed(model, out, loaded, target, open_dataset(data, split), progress)
+
+
+def _trained(
+    model: Path, out: Path, recipe: "Recipe", target: str, source: tuple[Path, str], progress: Progress
+) -> CompressionSummary:
+    """Apply a recipe that trains; its state lies beside `out` until that is written."""
+    import tempfile
+
+    from qcore.data.dataset import open_dataset
+    from qcore.graph.io import parse_model, read_model_bytes
+    from qcore.steps.training import checkpoints, school_of
+
+    raw, (data, split) = read_model_bytes(model), source
+    parsed = parse_model(raw, str(model))
+    dataset = open_dataset(data, split) if recipe.needs_calibration else None
+    with tempfile.TemporaryDirectory(prefix="qcore-train-") as folder:
+        school = school_of(raw, data, split, out=out, folder=Path(folder), progress=progress)
+        evidence = None if dataset is None else gathered(parsed, dataset, recipe.needs_samples, progress)
+        summary = _written(raw, parsed, out, recipe, target, evidence, school=school)
+    for path in checkpoints(out):
+        path.unlink()
+    return summary
 
 
 def gathered(model: "ir.Model", dataset: "Dataset", samples: bool, progress: Progress) -> "Evidence":
@@ -186,18 +213,27 @@ def _compressed(
 
 
 def _written(
-    raw: bytes, model: "ir.Model", out: Path, recipe: "Recipe", target: str, evidence: "Evidence | None"
+    raw: bytes,
+    model: "ir.Model",
+    out: Path,
+    recipe: "Recipe",
+    target: str,
+    evidence: "Evidence | None",
+    *,
+    school: "School | None" = None,
 ) -> CompressionSummary:
+    from qcore.compression import Shared
     from qcore.compression import compress as apply_recipe
     from qcore.files import write_atomic
     from qcore.graph.io import serialize_model
     from qcore.target import load_target
 
     profile = load_target(target)
-    result = apply_recipe(model, recipe, profile, evidence)
+    result = apply_recipe(model, recipe, profile, evidence, Shared(school=school))
     written = serialize_model(result.model)
     refuse_unusable(written, f"the result of recipe {recipe.name} for {profile.name}")
-    write_atomic(out, written)
+    if is_first():
+        write_atomic(out, written)
     return summary_of(out, raw, written, result.steps, recipe=recipe, target=profile)
 
 
