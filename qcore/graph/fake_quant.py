@@ -22,7 +22,7 @@ from qcore.graph.traverse import constant_array, int_attribute, node_name
 from qcore.numerics.affine import Levels, QParams, QScheme, quantize_array
 
 _INT32 = np.iinfo(np.int32)
-_INSIDE = 0.499  # of a level: how far from its middle a weight may start
+_INSIDE = 0.499  # of a level: how far from its middle a weight may start; float32 must not round it outside
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -277,16 +277,22 @@ def _release_layer(
 
 
 def _inside(wanted: NDArray[np.floating], integers: NDArray[np.generic], q: QParams) -> NDArray[np.float32]:
-    """Return the weights nearest to `wanted` that round to `integers`."""
+    """Return weights that round to `integers`: `wanted` where it does, else the middle of the level.
+
+    Not its edge: what `round-weights` moved to another level would fall back with the first step of training.
+    """
     shape = [1] * wanted.ndim
     if q.axis is not None:
         shape[q.axis] = -1
     scale = q.scale.astype(np.float64).reshape(shape if q.axis is not None else ())
     zero = q.zero_point.astype(np.float64).reshape(shape if q.axis is not None else ())
     middle = integers.astype(np.float64) - zero
-    low = np.where(integers.astype(np.int64) <= q.qmin, -np.inf, middle - _INSIDE)
-    high = np.where(integers.astype(np.int64) >= q.qmax, np.inf, middle + _INSIDE)
-    return np.asarray(np.clip(wanted.astype(np.float64) / scale, low, high) * scale, np.float32)
+    level = wanted.astype(np.float64) / scale
+    within = np.abs(level - middle) <= _INSIDE
+    beyond = ((integers.astype(np.int64) <= q.qmin) & (level < middle)) | (
+        (integers.astype(np.int64) >= q.qmax) & (level > middle)
+    )
+    return np.asarray(np.where(within | beyond, level, middle) * scale, np.float32)
 
 
 def _release_bias(graph: ir.Graph, node: ir.Node, draft: _Draft) -> TrainedBias | None:

@@ -72,14 +72,15 @@ class QatStep(TrainingStep):
     """The recipe step `qat`: quantization-aware training, behind `quantize`.
 
     The model is trained as it will be written: every tensor is rounded as its integers will be, gradients pass
-    straight through. It starts from the solution of the steps before it. `learn_scales` trains scales too (LSQ), at
-    `scale_learning_rate` times the rate of the weights.
+    straight through. It starts from the solution of the steps before it. `learning_rate` is a share of the size of each
+    tensor (the root of its mean square), since equalized layers differ a thousandfold. `learn_scales` trains scales too
+    (LSQ), at `scale_learning_rate`, which is in octaves.
     """
 
     method: Literal["qat"] = "qat"
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     learn_scales: bool = True
-    scale_learning_rate: float = Field(default=10.0, gt=0)
+    scale_learning_rate: float = Field(default=1e-3, gt=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

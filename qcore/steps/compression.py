@@ -157,11 +157,14 @@ def _trained(
 
     from qcore.data.dataset import open_dataset
     from qcore.graph.io import parse_model, read_model_bytes
-    from qcore.steps.training import checkpoints, school_of
+    from qcore.steps.training import checkpoints, school_of, splits
 
     raw, (data, split) = read_model_bytes(model), source
     parsed = parse_model(raw, str(model))
-    dataset = open_dataset(data, split) if recipe.needs_calibration else None
+    learn, judge = splits(data, split, recipe.training_steps[0])
+    # Who judges training must not have taught the steps before it either.
+    own = learn if judge.split == split else open_dataset(data, split)
+    dataset = own if recipe.needs_calibration else None
     with tempfile.TemporaryDirectory(prefix="qcore-train-") as folder:
         school = school_of(raw, data, split, out=out, folder=Path(folder), progress=progress)
         evidence = None if dataset is None else gathered(parsed, dataset, recipe.needs_samples, progress)

@@ -54,7 +54,7 @@ def school_of(raw: bytes, data: Path, split: str, *, out: Path, folder: Path, pr
     def school(step: "TRAINING", position: int) -> "Schooling":
         from qcore.training.finetune import Schooling
 
-        learn, judge = _splits(data, split, step)
+        learn, judge = splits(data, split, step)
         places = [folder / f"{position}-{what}" for what in ("learn", "judge")]
         for place in places:
             place.mkdir()
@@ -71,8 +71,12 @@ def school_of(raw: bytes, data: Path, split: str, *, out: Path, folder: Path, pr
     return school
 
 
-def _splits(data: Path, split: str, step: "TRAINING") -> "tuple[Dataset, Dataset]":
-    """Return what is learnt from and what judges: a split each, or parts of one."""
+def splits(data: Path, split: str, step: "TRAINING") -> "tuple[Dataset, Dataset]":
+    """Return what `step` learns from and what judges it: a split of the card each, or parts of one.
+
+    Raises:
+        DataError: the two share samples, or there are fewer than two.
+    """
     from qcore.data.card import load_card
     from qcore.data.dataset import open_dataset, shared_samples
 

@@ -42,31 +42,61 @@ class Scales(torch.nn.Module):
 
 
 class FakeQuantizer(torch.nn.Module):
-    """Rounds one tensor as `quantizer` says, with the scale that `scales` holds for it."""
+    """Rounds an activation as `quantizer` says, with the scale that `scales` holds for it."""
 
     def __init__(self, quantizer: Quantizer, scales: Scales) -> None:
         """Keep the zero point as a buffer; `scales` is shared by all quantizers of a graph."""
         super().__init__()
         self._scales, self._name, self._q = scales, quantizer.scale, quantizer.q
-        zero = np.broadcast_to(quantizer.q.zero_point, quantizer.q.scale.shape).astype(np.float32)
-        self.register_buffer("zero", torch.from_numpy(zero.reshape(-1).copy()))
+        self.register_buffer("zero", torch.as_tensor(quantizer.q.zero_point.astype(np.float32)).reshape(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `(clip(round(x / scale) + zero, qmin, qmax) - zero) * scale`, shape and layout of `x`."""
-        q, scale = self._q, self._scales.scale(self._name)
+        q, scale = self._q, self._scales.scale(self._name).reshape(1)
+        factor = 1.0 / (x.numel() * max(q.qmax, 1)) ** 0.5
         # torch's own kernel: one pass forward and one back, where the formula as written would take nine.
+        return torch._fake_quantize_learnable_per_tensor_affine(x, scale, self.zero, q.qmin, q.qmax, factor)
+
+
+class FakeWeights(torch.nn.Module):
+    """Rounds weights on the grid that they start with, and multiplies by how far the scale has moved since.
+
+    A scale that moves takes the weights with it: their integers stay. With a grid that moves under resting weights a
+    third of a level at the ends of the range re-rounds them all, and what `round-weights` found is lost
+    (MobileNetV2 per tensor: KL 0.007 before, 0.09 after nine steps).
+    """
+
+    def __init__(self, quantizer: Quantizer, scales: Scales) -> None:
+        """Keep grid and zero points as buffers; `scales` is shared by all quantizers of a graph."""
+        super().__init__()
+        self._scales, self._name, self._q = scales, quantizer.scale, quantizer.q
+        scale = quantizer.q.scale.reshape(-1)
+        zero = np.broadcast_to(quantizer.q.zero_point.reshape(-1), scale.shape)
+        self.register_buffer("grid", torch.as_tensor(np.array(scale, np.float32)))
+        self.register_buffer("zero", torch.as_tensor(np.array(zero, np.int32)))
+
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
+        """Return the weights as their integers and the scale give them, shape of `w`."""
+        q = self._q
         if q.axis is None:
-            factor = 1.0 / (x.numel() * max(q.qmax, 1)) ** 0.5
-            return torch._fake_quantize_learnable_per_tensor_affine(
-                x, scale.reshape(1), self.zero, q.qmin, q.qmax, factor
-            )
-        factor = 1.0 / (x.numel() / scale.numel() * max(q.qmax, 1)) ** 0.5
-        axis = q.axis % x.dim()
-        return torch._fake_quantize_learnable_per_channel_affine(x, scale, self.zero, axis, q.qmin, q.qmax, factor)
+            rounded = torch.fake_quantize_per_tensor_affine(w, self.grid, self.zero, q.qmin, q.qmax)
+        else:
+            rounded = torch.fake_quantize_per_channel_affine(w, self.grid, self.zero, q.axis % w.dim(), q.qmin, q.qmax)
+        return self.moved(rounded)
+
+    def moved(self, w: torch.Tensor) -> torch.Tensor:
+        """Return `w` times the share by which the scale has moved."""
+        gain = self._scales.scale(self._name).reshape(-1) / self.grid
+        if self._q.axis is None:
+            return w * gain
+        return w * gain.reshape([-1 if a == self._q.axis % w.dim() else 1 for a in range(w.dim())])
 
 
-def quantizers_of(fake: FakeQuantized, *, learn: bool, power_of_two: bool) -> tuple[Scales, dict[str, FakeQuantizer]]:
-    """Return the scales of `fake` and, for the name of every tensor that is rounded, what rounds it."""
+def quantizers_of(
+    fake: FakeQuantized, *, learn: bool, power_of_two: bool
+) -> tuple[Scales, dict[str, FakeQuantizer], dict[str, FakeWeights]]:
+    """Return the scales of `fake`, and what rounds activations and weights by the names of the tensors."""
     moving = set(fake.scales) - fake.fixed if learn else set()
     scales = Scales(fake.scales, learn=moving, power_of_two=power_of_two)
-    return scales, {quantizer.value: FakeQuantizer(quantizer, scales) for quantizer in fake.quantizers}
+    activations = {quantizer.value: FakeQuantizer(quantizer, scales) for quantizer in fake.activations}
+    return scales, activations, {la.weight.value: FakeWeights(la.weight, scales) for la in fake.layers}

