@@ -135,7 +135,7 @@ def quantization_aware(
     student.load_state_dict(trained.state)
     with torch.no_grad():
         found = {k: weights[k].moved(v) if k in weights else v for k, v in _effective(student, names, kept).items()}
-    values = {k: v.cpu().numpy() for k, v in found.items()}
+    values = {k: v.detach().cpu().numpy() for k, v in found.items()}
     learnt = {**values, **(scales.arrays if step.learn_scales else {})}
     rewrite = replace(
         rewrite, model=with_trained(quantized, fake, learnt), changed=tuple(la.node for la in fake.layers)
