@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qcore.graph.fake_quant import FakeQuantized, Quantizer
+from qcore.graph.fake_quant import FakeQuantized, Quantizer, TrainedLayer
 from qcore.training.ops.quantization import round_straight_through
 
 
@@ -92,11 +92,29 @@ class FakeWeights(torch.nn.Module):
         return w * gain.reshape([-1 if a == self._q.axis % w.dim() else 1 for a in range(w.dim())])
 
 
+class FakeBias(torch.nn.Module):
+    """Rounds a bias to whole steps of input scale times weight scale; the gradient passes unchanged."""
+
+    def __init__(self, layer: TrainedLayer, scales: Scales) -> None:
+        """`layer` has an integer bias; `scales` is shared by all quantizers of a graph."""
+        super().__init__()
+        assert layer.bias is not None  # noqa: S101 - who calls has looked
+        self._scales, self._names = scales, (layer.bias.input_scale, layer.weight.scale)
+
+    def forward(self, bias: torch.Tensor) -> torch.Tensor:
+        """Return `bias` as its integers give it, shape of `bias`."""
+        into, weight = (self._scales.scale(name).detach() for name in self._names)
+        step = into * weight
+        return bias + (torch.round(bias.detach() / step) * step - bias.detach())
+
+
 def quantizers_of(
     fake: FakeQuantized, *, learn: bool, power_of_two: bool
-) -> tuple[Scales, dict[str, FakeQuantizer], dict[str, FakeWeights]]:
-    """Return the scales of `fake`, and what rounds activations and weights by the names of the tensors."""
+) -> tuple[Scales, dict[str, FakeWeights], dict[str, torch.nn.Module]]:
+    """Return the scales of `fake`, what rounds weights, and what rounds activations and biases, by tensor names."""
     moving = set(fake.scales) - fake.fixed if learn else set()
     scales = Scales(fake.scales, learn=moving, power_of_two=power_of_two)
-    activations = {quantizer.value: FakeQuantizer(quantizer, scales) for quantizer in fake.activations}
-    return scales, activations, {la.weight.value: FakeWeights(la.weight, scales) for la in fake.layers}
+    weights = {la.weight.value: FakeWeights(la.weight, scales) for la in fake.layers}
+    others: dict[str, torch.nn.Module] = {a.value: FakeQuantizer(a, scales) for a in fake.activations}
+    others |= {la.bias.value: FakeBias(la, scales) for la in fake.layers if la.bias is not None}
+    return scales, weights, others

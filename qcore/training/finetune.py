@@ -118,7 +118,7 @@ def quantization_aware(
     fake = _opened(quantized, models[0], target, bits)
     if not fake.layers:
         raise ModelError("no quantized layer can be trained: " + (fake.skipped[0].reason if fake.skipped else "none"))
-    scales, rounded, weights = quantizers_of(fake, learn=step.learn_scales, power_of_two=target.power_of_two_scales)
+    scales, weights, rounded = quantizers_of(fake, learn=step.learn_scales, power_of_two=target.power_of_two_scales)
     names = tuple(n for n in trainable_names(fake.model) if not n.endswith("_scale"))
     kept = _kept(fake.model, [la.weight.value for la in fake.layers], step)
     transforms = rounded | {n: torch.nn.Sequential(*([kept[n]] if n in kept else []), q) for n, q in weights.items()}
