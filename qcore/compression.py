@@ -1,17 +1,16 @@
-"""Recipes: the ordered steps of one compression run, and which of them are kept."""
+"""One compression run: the steps of a recipe applied in order, and which of them are kept."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Literal, assert_never
+from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
 import onnx_ir as ir
-from pydantic import Field
 
-from qcore.config import Config, load_config
+from qcore.config import Config
 from qcore.errors import ConfigError
+from qcore.graph.finite import refuse_non_finite_weights
 from qcore.graph.fold import fold_batchnorm
 from qcore.graph.head import conv_head_to_gemm
 from qcore.graph.rewrite import Rewrite, Skipped
@@ -19,122 +18,20 @@ from qcore.methods.absorb_bias import AbsorbBiasStep, absorb_bias, activations_t
 from qcore.methods.correct_bias import CorrectBiasStep, correct_bias, correct_bias_analytically, inputs_of_layers
 from qcore.methods.dynamic import QuantizeDynamicStep, quantize_dynamic
 from qcore.methods.equalize import EqualizeStep, equalize
+from qcore.methods.finetune import Epoch, FinetuneStep, QatStep
 from qcore.methods.half import Float16Step, to_float16
 from qcore.methods.prune import PruneStep, prune
 from qcore.methods.quantize import QuantizeStep, quantize
 from qcore.methods.round_weights import RoundWeightsStep, round_weights
 from qcore.methods.smooth import SmoothStep, smooth, tensors_to_smooth
 from qcore.methods.weights import QuantizeWeightsStep, quantize_weights
+from qcore.recipe import AFTER, BEFORE, TRAINING, FoldBatchnormStep, GemmHeadStep, Recipe, check_order
 from qcore.recovery import Evidence, Tensors, channel_statistics, output_distance
 from qcore.refinement import refine_layers
-from qcore.target import TargetProfile, shipped_or_file
+from qcore.target import TargetProfile
 
-RECIPES = Path(__file__).with_name("recipes")
-
-
-class FoldBatchnormStep(Config):
-    """The recipe step `fold-batchnorm`; it has no options."""
-
-    method: Literal["fold-batchnorm"] = "fold-batchnorm"
-
-
-class GemmHeadStep(Config):
-    """The recipe step `gemm-head`; it has no options."""
-
-    method: Literal["gemm-head"] = "gemm-head"
-
-
-Step = Annotated[
-    FoldBatchnormStep
-    | GemmHeadStep
-    | PruneStep
-    | EqualizeStep
-    | SmoothStep
-    | AbsorbBiasStep
-    | QuantizeStep
-    | CorrectBiasStep
-    | RoundWeightsStep
-    | QuantizeDynamicStep
-    | QuantizeWeightsStep
-    | Float16Step,
-    Field(discriminator="method"),
-]
-BEFORE = EqualizeStep | SmoothStep | AbsorbBiasStep
-"""Recovery steps that prepare a float model for `quantize`."""
-AFTER = CorrectBiasStep | RoundWeightsStep
-"""Recovery steps that mend a model behind `quantize`."""
-
-
-class Recipe(Config):
-    """Steps in the order in which they are applied; at most one `quantize`, and only recovery follows it.
-
-    Recovery steps (`BEFORE` and `AFTER`) are kept only if the quantized model comes closer to the float one on samples
-    that were held out.
-    """
-
-    name: str = Field(pattern=r"^[a-z0-9.-]+$")
-    description: str = ""
-    steps: tuple[Step, ...] = Field(min_length=1)
-
-    @property
-    def quantize_step(self) -> QuantizeStep | None:
-        """The step `quantize`, if there is one."""
-        return next((s for s in self.steps if isinstance(s, QuantizeStep)), None)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether a step reads a calibration table."""
-        return self.quantize_step is not None
-
-    @property
-    def needs_samples(self) -> bool:
-        """Whether a step runs the model on samples: a table is not enough."""
-        return any(isinstance(s, BEFORE | AFTER) for s in self.steps)
-
-    @property
-    def reads_target(self) -> bool:
-        """Whether a step looks at the target profile."""
-        return any(isinstance(s, QuantizeStep | QuantizeDynamicStep | BEFORE | AFTER) for s in self.steps)
-
-
-def load_recipe(name: str) -> Recipe:
-    """Return the shipped recipe `name`, or the recipe in the YAML file `name`.
-
-    Raises:
-        ConfigError: there is no such recipe, an unknown field, a value out of range, or steps in an order that makes
-            no sense.
-    """
-    recipe = load_config(shipped_or_file(name, RECIPES, "recipe"), Recipe, "recipe")
-    check_order(recipe)
-    return recipe
-
-
-def check_order(recipe: Recipe) -> None:
-    """Refuse a recipe whose steps cannot follow each other.
-
-    Raises:
-        ConfigError: names the recipe and the rule.
-    """
-    quantized = False
-    for step in recipe.steps:
-        if quantized and not isinstance(step, AFTER):
-            raise ConfigError(
-                f"recipe {recipe.name}: step {step.method} follows quantize; allowed behind it: correct-bias, "
-                "round-weights"
-            )
-        if not quantized and isinstance(step, AFTER):
-            raise ConfigError(
-                f"recipe {recipe.name}: step {step.method} mends a quantized model; put it behind quantize"
-            )
-        quantized = quantized or isinstance(step, QuantizeStep)
-    mends = next((s for s in recipe.steps if isinstance(s, AFTER)), None)
-    if mends is not None and recipe.quantize_step is not None and recipe.quantize_step.form != "qdq":
-        raise ConfigError(f"recipe {recipe.name}: step {mends.method} mends QDQ models; allowed: form: qdq")
-    prepares = next((s for s in recipe.steps if isinstance(s, BEFORE)), None)
-    if prepares is not None and not quantized:
-        raise ConfigError(
-            f"recipe {recipe.name}: step {prepares.method} prepares for quantize, which is missing; add it"
-        )
+if TYPE_CHECKING:
+    from qcore.training.finetune import Lessons, Schooling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +39,9 @@ class AppliedStep:
     """What one step did: method, names that changed, nodes that were left alone and why.
 
     For a recovery step `error_before` and `error_after` are the distances of the quantized model from the float one on
-    held-out samples, without and with the step, and `kept` says whether it is in the result.
+    held-out samples, without and with the step, and `kept` says whether it is in the result; `reason` says why not
+    where nothing was measured. For a step that trains they are the losses on the validation samples, and `epochs` how
+    it went from the state before training on.
     """
 
     method: str
@@ -151,6 +50,8 @@ class AppliedStep:
     kept: bool = True
     error_before: float | None = None
     error_after: float | None = None
+    reason: str | None = None
+    epochs: tuple[Epoch, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,10 +73,12 @@ class Shared:
     """What the runs of several recipes on one model share: float steps that were done, and who is told of each step.
 
     `told` gets the method, the number of steps done, and of how many. The float models in `done` stay in memory.
+    `school` gives what a step at some position trains with; None where nothing trains.
     """
 
     done: dict[tuple[int, str, str], tuple[ir.Model, Rewrite]] = field(default_factory=dict)
     told: Callable[[str, int, int], None] = lambda method, done, total: None
+    school: "Callable[[TRAINING, int], Schooling] | None" = None
 
 
 def compress(
@@ -192,10 +95,13 @@ def compress(
 
     Raises:
         ConfigError: a step needs calibration data and there are none.
+        ModelError: a weight is NaN or infinite.
     """
     check_order(recipe)
+    refuse_non_finite_weights(model)
     shared = shared or Shared()
-    run = _Run(recipe=recipe, target=asked_of(target, recipe), evidence=evidence, original=model, shared=shared)
+    asked = asked_of(target, recipe)
+    run = _Run(recipe=recipe, target=asked, evidence=evidence, original=model, reference=model, shared=shared)
     applied, reference = [], model
     kept: list[AFTER] = []
     for position, step in enumerate(recipe.steps):
@@ -210,6 +116,12 @@ def compress(
             case CorrectBiasStep() | RoundWeightsStep():
                 model, done = _mend(run, model, reference, step)
                 kept += [step] if done.kept else []
+            case FinetuneStep():
+                model, done = _finetuned(run, model, step, position)
+                run = replace(run, reference=model, distances={})
+            case QatStep():
+                model, kept = (_of_all_samples(run, model, reference, kept) if kept else model), []
+                model, done = _aware(run, (model, reference), step, position)
             case _:
                 rewrite = _once(run, model, step, partial(apply_step, model, step, target))
                 model = rewrite.model
@@ -218,18 +130,23 @@ def compress(
     if kept:
         model = _of_all_samples(run, model, reference, kept)
     shared.told(recipe.steps[-1].method, len(recipe.steps), len(recipe.steps))
-    measured = [s.error_after if s.kept else s.error_before for s in applied if s.error_after is not None]
+    judged = [s for s in applied if s.error_after is not None and not s.epochs]
+    measured = [s.error_after if s.kept else s.error_before for s in judged]
     return Compressed(model=model, reference=reference, steps=tuple(applied), error=measured[-1] if measured else None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Run:
-    """One recipe being applied; quantized models and distances are kept, since recovery steps ask for them again."""
+    """One recipe being applied; quantized models and distances are kept, since recovery steps ask for them again.
+
+    `reference` is what recovery comes close to: `original`, or what training made of it.
+    """
 
     recipe: Recipe
     target: TargetProfile
     evidence: Evidence | None
     original: ir.Model
+    reference: ir.Model
     shared: Shared
     quantized: dict[int, tuple[ir.Model, Rewrite]] = field(default_factory=dict)
     distances: dict[int, tuple[ir.Model, float]] = field(default_factory=dict)
@@ -264,7 +181,7 @@ def _quantized(run: _Run, model: ir.Model) -> Rewrite:
 
 def _distance(run: _Run, model: ir.Model) -> float:
     if id(model) not in run.distances:
-        run.distances[id(model)] = (model, output_distance(model, run.original, _known(run)))
+        run.distances[id(model)] = (model, output_distance(model, run.reference, _known(run)))
     return run.distances[id(model)][1]
 
 
@@ -276,7 +193,19 @@ def _once(run: _Run, model: ir.Model, step: Config, make: Callable[[], Rewrite])
     return run.shared.done[key][1]
 
 
+def _unjudged(run: _Run, step: BEFORE | AFTER) -> AppliedStep | None:
+    """Return the step as it was left out because no samples are held out to judge it, or None."""
+    evidence = _known(run)
+    if evidence.held_out:
+        return None
+    have = f"{len(evidence.fit)} batches of {evidence.batch}" if evidence.batch > 1 else f"{len(evidence.fit)} samples"
+    reason = f"not judged: of {have} none can be held out; at least 4 are needed"
+    return AppliedStep(method=step.method, changed=(), skipped=(), kept=False, reason=reason)
+
+
 def _prepare(run: _Run, model: ir.Model, step: BEFORE) -> tuple[ir.Model, AppliedStep]:
+    if (left := _unjudged(run, step)) is not None:
+        return model, left
     rewrite = _once(run, model, step, lambda: _prepared(run, model, step))
     before, after = (_distance(run, _quantized(run, m).model) for m in (model, rewrite.model))
     return _better(step.method, (model, before), (rewrite, after))
@@ -297,6 +226,8 @@ def _prepared(run: _Run, model: ir.Model, step: BEFORE) -> Rewrite:
 
 
 def _mend(run: _Run, model: ir.Model, reference: ir.Model, step: AFTER) -> tuple[ir.Model, AppliedStep]:
+    if (left := _unjudged(run, step)) is not None:
+        return model, left
     rewrite = _mended(run, model, reference, step, _known(run).fit)
     before, after = _distance(run, model), _distance(run, rewrite.model)
     return _better(step.method, (model, before), (rewrite, after))
@@ -317,6 +248,47 @@ def _mended(run: _Run, model: ir.Model, reference: ir.Model, step: AFTER, sample
     )
     some = evidence.first(samples, step.samples)
     return refine_layers(model, reference, some, refine, step.positions, float_biases=floats)
+
+
+def _school(run: _Run, step: TRAINING, position: int) -> "Schooling":
+    if run.shared.school is None:
+        raise ConfigError(
+            f"recipe {run.recipe.name} trains (step {step.method}), which needs samples to learn from; run `qcore "
+            "compress` or `qcore finetune` with --data"
+        )
+    return run.shared.school(step, position)
+
+
+def _finetuned(run: _Run, model: ir.Model, step: FinetuneStep, position: int) -> tuple[ir.Model, AppliedStep]:
+    school = _school(run, step, position)
+    from qcore.training.finetune import finetune  # torch is an extra, and slow to import
+
+    return _taught(step, model, finetune(model, run.original, step, school))
+
+
+def _aware(run: _Run, models: tuple[ir.Model, ir.Model], step: QatStep, position: int) -> tuple[ir.Model, AppliedStep]:
+    school, quantize_step = _school(run, step, position), run.recipe.quantize_step
+    assert quantize_step is not None  # noqa: S101 - check_order has looked
+    from qcore.training.finetune import quantization_aware
+
+    formats = (run.target, quantize_step.weight_bits)
+    return _taught(step, models[0], quantization_aware(models[0], (models[1], run.original), step, formats, school))
+
+
+def _taught(step: TRAINING, before: ir.Model, lessons: "Lessons") -> tuple[ir.Model, AppliedStep]:
+    """Return the model as training left it, and how that went."""
+    start, best = lessons.epochs[0], lessons.epochs[lessons.best]
+    kept = lessons.best > 0
+    done = AppliedStep(
+        method=step.method,
+        changed=lessons.rewrite.changed,
+        skipped=lessons.rewrite.skipped,
+        kept=kept,
+        error_before=start.validation,
+        error_after=best.validation if kept else min(e.validation for e in lessons.epochs[1:]),
+        epochs=lessons.epochs,
+    )
+    return (lessons.rewrite.model if kept else before), done
 
 
 def _of_all_samples(run: _Run, model: ir.Model, reference: ir.Model, kept: list[AFTER]) -> ir.Model:

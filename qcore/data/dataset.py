@@ -4,7 +4,7 @@ Samples come in the order of their index in the stored data, whatever permutatio
 comparisons do not depend on the order, and a stored array can then be read from front to back.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def open_dataset(path: Path, split: str) -> Dataset:
     if split not in card.splits:
         raise DataError(f"data card {card.name} has no split {split!r}; allowed: {', '.join(card.splits)}")
     source = _source(card, folder, card.splits[split])
-    if _is_image_folder(card, source):
+    if is_image_folder(card, source):
         files = image_files(source, card, folder)
         indices = _choose(card, split, len(files))
         labels = tuple(files[i].label for i in indices) if card.task == "classification" else None
@@ -124,28 +124,48 @@ def batches(data: Dataset, size: int) -> Iterator[Batch]:
     Raises:
         DataError: a sample cannot be read, holds NaN or infinity, or does not fit the preprocessing.
     """
-    if _is_image_folder(data.card, data.source):
+    if is_image_folder(data.card, data.source):
         files = image_files(data.source, data.card, data.folder)
         groups: Iterator[dict[str, NDArray[np.generic]]] = (
             {"": np.stack([read_image(data.source / files[i].name, data.card.preprocess) for i in part])}
             for part in _parts(data.indices, size)
         )
-        stored: str = "NHWC"
-        wanted: str = data.card.model_layout or data.card.layout or "NCHW"
     else:
         names = data.card.inputs or {"": data.card.x}
         groups = NpzFile(data.source).batches(names, data.indices, size)
-        stored = data.card.layout or ""
-        wanted = data.card.model_layout or stored
     position = 0
     for group in groups:
-        x = group if data.card.inputs else {"": prepare_arrays(group[""], data.card.preprocess, stored, wanted)}
-        n = len(next(iter(x.values())))
-        index = data.indices[position : position + n]
-        _refuse_non_finite(x, index, data)
+        n = len(next(iter(group.values())))
         y = None if data.labels is None else np.array(data.labels[position : position + n], np.int64)
-        yield Batch(index=np.array(index, np.int64), x=x, y=y)
+        yield prepared_batch(data, group, data.indices[position : position + n], y)
         position += n
+
+
+def layouts(data: Dataset) -> tuple[str, str]:
+    """Return how samples are stored and how the model wants them; "" where the card does not say."""
+    if is_image_folder(data.card, data.source):
+        return "NHWC", data.card.model_layout or data.card.layout or "NCHW"
+    stored = data.card.layout or ""
+    return stored, data.card.model_layout or stored
+
+
+def prepared_batch(
+    data: Dataset, group: Mapping[str, NDArray[np.generic]], index: Sequence[int], y: NDArray[np.int64] | None
+) -> Batch:
+    """Return the batch of samples that are stored as `group`.
+
+    Args:
+        data: the split.
+        group: arrays by model input, samples first.
+        index: their places in the stored data.
+        y: their labels.
+
+    Raises:
+        DataError: a sample holds NaN or infinity, or does not fit the preprocessing.
+    """
+    x = group if data.card.inputs else {"": prepare_arrays(group[""], data.card.preprocess, *layouts(data))}
+    _refuse_non_finite(x, index, data)
+    return Batch(index=np.array(index, np.int64), x=x, y=y)
 
 
 def _refuse_geometric(card: DataCard) -> None:
@@ -160,7 +180,7 @@ def _parts(indices: tuple[int, ...], size: int) -> Iterator[tuple[int, ...]]:
         yield indices[start : start + size]
 
 
-def _refuse_non_finite(x: Mapping[str, NDArray[np.generic]], index: tuple[int, ...], data: Dataset) -> None:
+def _refuse_non_finite(x: Mapping[str, NDArray[np.generic]], index: Sequence[int], data: Dataset) -> None:
     for array in x.values():
         if np.issubdtype(array.dtype, np.floating):
             bad = ~np.isfinite(array.reshape(len(array), -1).astype(np.float64)).all(axis=1)
@@ -181,7 +201,8 @@ def _source(card: DataCard, folder: Path, split: Split) -> Path:
     return source
 
 
-def _is_image_folder(card: DataCard, source: Path) -> bool:
+def is_image_folder(card: DataCard, source: Path) -> bool:
+    """Say whether the samples are image files and not arrays."""
     if card.format == "image_folder":
         if not source.is_dir():
             raise DataError(f"data {source} is a file; allowed for image_folder: a folder of class folders")

@@ -1,21 +1,25 @@
 """Compression on files: a model in, the bytes of a smaller one and a summary out."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcore.canonical import Digest, Json
 from qcore.errors import ConfigError
 from qcore.steps.calibration import CALIBRATION_BINS, count_table
-from qcore.steps.guard import Progress, refuse_overwrite, silent
+from qcore.steps.guard import Progress, is_first, refuse_overwrite, silent
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qcore.calibration import CalibrationTable
-    from qcore.compression import AppliedStep, Recipe
+    from qcore.compression import AppliedStep
     from qcore.data.dataset import Dataset
+    from qcore.lint import Finding
+    from qcore.recipe import Recipe
     from qcore.recovery import Evidence
+    from qcore.steps.training import School
+    from qcore.target import TargetProfile
 
 RECOVERY_BATCH = 8
 HELD_OUT = 4  # one batch in so many judges
@@ -24,7 +28,10 @@ ANY_TARGET = "x86-avx2"  # a recipe without quantize does not look at it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompressionSummary:
-    """A written model: where, its digest and size, and what each step did."""
+    """A written model: where, its digest and size, what each step did, and where it is not what the target wants.
+
+    `breaches` are what `qcore lint` finds; none where the recipe does not look at the target.
+    """
 
     output: Path
     sha256: Digest
@@ -34,6 +41,7 @@ class CompressionSummary:
     recipe_sha256: Digest
     target: str
     steps: "tuple[AppliedStep, ...]"
+    breaches: "tuple[Finding, ...]" = ()
 
     def to_json(self) -> Json:
         """Return the JSON form of `--json`."""
@@ -49,19 +57,22 @@ class CompressionSummary:
                 {
                     "method": s.method,
                     "kept": s.kept,
+                    "reason": s.reason,
                     "error": None if s.error_after is None else {"before": s.error_before, "after": s.error_after},
+                    "epochs": [asdict(e) for e in s.epochs],
                     "changed": list(s.changed),
                     "skipped": [{"node": k.node, "op_type": k.op_type, "reason": k.reason} for k in s.skipped],
                 }
                 for s in self.steps
             ],
+            "breaches": [b.to_json() for b in self.breaches],
         }
 
 
 def prune(*, model: Path, out: Path, sparsity: float = 0.5) -> CompressionSummary:
     """Return the summary of `out`: `model` with the fraction `sparsity` of every layer's weights set to zero."""
-    from qcore.compression import Recipe
     from qcore.config import check_config
+    from qcore.recipe import Recipe
 
     recipe = check_config(
         {"name": "prune", "steps": [{"method": "prune", "sparsity": sparsity}]}, Recipe, "prune options"
@@ -81,9 +92,9 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
     """
     from qcore.calibration import check_table, load_table
     from qcore.canonical import sha256_bytes
-    from qcore.compression import load_recipe
     from qcore.graph.io import parse_model, read_model_bytes
     from qcore.methods.prune import PruneStep
+    from qcore.recipe import load_recipe
     from qcore.recovery import Evidence
 
     refuse_overwrite(out, model, table, recipe, target)
@@ -120,23 +131,51 @@ def compress(
     Raises:
         ConfigError: the recipe needs calibration data and there are none. Data that it does not need are not read.
     """
-    from qcore.compression import load_recipe
     from qcore.data.dataset import open_dataset
+    from qcore.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     refuse_overwrite(out, model, recipe, target, data=data)
-    if not loaded.needs_calibration:
+    if not loaded.needs_calibration and not loaded.training_steps:
         return _compressed(model, out, loaded, target, None, progress)
     if data is None:
+        does = "calibrates" if loaded.needs_calibration else "trains"
         raise ConfigError(
-            f"recipe {loaded.name} calibrates and got no data; allowed: a data card; pass --data CARD, or a recipe "
+            f"recipe {loaded.name} {does} and got no data; allowed: a data card; pass --data CARD, or a recipe "
             "without calibration (int8-dynamic, int8-weights, int4-weights, float16)"
         )
+    if loaded.training_steps:
+        return _trained(model, out, loaded, target, (data, split), progress)
     return _compressed(model, out, loaded, target, open_dataset(data, split), progress)
 
 
+def _trained(
+    model: Path, out: Path, recipe: "Recipe", target: str, source: tuple[Path, str], progress: Progress
+) -> CompressionSummary:
+    """Apply a recipe that trains; its state lies beside `out` until that is written."""
+    import tempfile
+
+    from qcore.data.dataset import open_dataset
+    from qcore.graph.io import parse_model, read_model_bytes
+    from qcore.steps.training import checkpoints, school_of
+
+    raw, (data, split) = read_model_bytes(model), source
+    parsed = parse_model(raw, str(model))
+    dataset = open_dataset(data, split) if recipe.needs_calibration else None
+    with tempfile.TemporaryDirectory(prefix="qcore-train-") as folder:
+        school = school_of(raw, data, split, out=out, folder=Path(folder), progress=progress)
+        evidence = None if dataset is None else gathered(parsed, dataset, recipe.needs_samples, progress)
+        summary = _written(raw, parsed, out, recipe, target, evidence, school=school)
+    for path in checkpoints(out):
+        path.unlink()
+    return summary
+
+
 def gathered(model: "ir.Model", dataset: "Dataset", samples: bool, progress: Progress) -> "Evidence":
-    """Return what recipes may ask of `dataset`: one sample in four is held out; none are read unless `samples`."""
+    """Return what recipes may ask of `dataset`: one sample in four is held out, none of fewer than four.
+
+    None are read unless `samples`.
+    """
     from qcore.canonical import sha256_bytes
     from qcore.data.dataset import batches
     from qcore.graph.io import serialize_model
@@ -156,8 +195,8 @@ def gathered(model: "ir.Model", dataset: "Dataset", samples: bool, progress: Pro
     # Of few samples too some must be held out: then batches are smaller.
     size = loaded.fixed_batch or min(RECOVERY_BATCH, max(1, dataset.n // HELD_OUT))
     fed = [ort.feeds(loaded, batch) for batch in batches(dataset, size)] if samples else []
-    held_out = tuple(fed[HELD_OUT - 1 :: HELD_OUT]) or tuple(fed)  # too few samples to hold some out
-    fit = tuple(f for k, f in enumerate(fed) if (k + 1) % HELD_OUT) or tuple(fed)
+    held_out = tuple(fed[HELD_OUT - 1 :: HELD_OUT])
+    fit = tuple(f for k, f in enumerate(fed) if (k + 1) % HELD_OUT)
     return Evidence(table=table, fit=fit, held_out=held_out, batch=size, task=dataset.card.task)
 
 
@@ -174,26 +213,43 @@ def _compressed(
 
 
 def _written(
-    raw: bytes, model: "ir.Model", out: Path, recipe: "Recipe", target: str, evidence: "Evidence | None"
+    raw: bytes,
+    model: "ir.Model",
+    out: Path,
+    recipe: "Recipe",
+    target: str,
+    evidence: "Evidence | None",
+    *,
+    school: "School | None" = None,
 ) -> CompressionSummary:
+    from qcore.compression import Shared
     from qcore.compression import compress as apply_recipe
     from qcore.files import write_atomic
     from qcore.graph.io import serialize_model
     from qcore.target import load_target
 
     profile = load_target(target)
-    result = apply_recipe(model, recipe, profile, evidence)
+    result = apply_recipe(model, recipe, profile, evidence, Shared(school=school))
     written = serialize_model(result.model)
     refuse_unusable(written, f"the result of recipe {recipe.name} for {profile.name}")
-    write_atomic(out, written)
-    return summary_of(out, raw, written, result.steps, recipe=recipe, target=profile.name)
+    if is_first():
+        write_atomic(out, written)
+    return summary_of(out, raw, written, result.steps, recipe=recipe, target=profile)
 
 
 def summary_of(
-    out: Path, raw: bytes, written: bytes, steps: "tuple[AppliedStep, ...]", *, recipe: "Recipe", target: str
+    out: Path,
+    raw: bytes,
+    written: bytes,
+    steps: "tuple[AppliedStep, ...]",
+    *,
+    recipe: "Recipe",
+    target: "TargetProfile",
 ) -> CompressionSummary:
     """Return the summary of `written`, made from `raw`."""
     from qcore.canonical import sha256_bytes
+    from qcore.graph.io import parse_model
+    from qcore.lint import lint
 
     return CompressionSummary(
         output=out,
@@ -202,8 +258,9 @@ def summary_of(
         input_size_bytes=len(raw),
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
-        target=target if recipe.reads_target else "any",
+        target=target.name if recipe.reads_target else "any",
         steps=steps,
+        breaches=lint(parse_model(written, str(out)), target) if recipe.reads_target else (),
     )
 
 

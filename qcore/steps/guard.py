@@ -1,17 +1,23 @@
 """What every step shares: progress, and the refusal to write over its own inputs."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from qcore.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, and of how many."""
+"""Called with what is being done, how much is done, and of how many; 0 where nobody can know."""
 
 
 def silent(what: str, done: int, total: int) -> None:
     """Report progress to nobody."""
     del what, done, total
+
+
+def is_first() -> bool:
+    """Say whether this is the process that writes, of those that `torchrun` started; alone it is."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def refuse_overwrite(out: Path, *inputs: Path | str, data: Path | None = None) -> None:

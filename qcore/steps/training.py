@@ -1,0 +1,120 @@
+"""What training steps of a recipe learn from: splits of a data card, opened for reading in any order."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcore.errors import ConfigError, DataError
+from qcore.steps.guard import Progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from qcore.data.dataset import Dataset
+    from qcore.data.samples import Samples
+    from qcore.recipe import TRAINING
+    from qcore.training.course import Feed
+    from qcore.training.finetune import Schooling
+
+School = Callable[["TRAINING", int], "Schooling"]
+JUDGES = 10  # without a validation split one sample in so many judges
+_CHECKPOINT = "checkpoint"
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Return the files in which runs that were to write `out` keep their state."""
+    return sorted(out.parent.glob(f"{out.name}.*.{_CHECKPOINT}"))
+
+
+def school_of(raw: bytes, data: Path, split: str, *, out: Path, folder: Path, progress: Progress) -> School:
+    """Return what gives each training step of a recipe its samples.
+
+    Args:
+        raw: the model.
+        data: the data card.
+        split: learnt from where the card has no split of the step's `train`.
+        out: the state of a run is kept beside it.
+        folder: for what samples are unpacked to.
+        progress: told of steps done.
+
+    Raises:
+        ConfigError: torch is not installed.
+    """
+    from qcore.canonical import sha256_bytes, sha256_json
+    from qcore.data.samples import open_samples
+    from qcore.trials import source_sha256
+
+    if find_spec("torch") is None:
+        raise ConfigError("training needs torch, which is not installed; run `pip install -c constraints.txt .[train]`")
+    feed = _feed(raw)
+
+    def school(step: "TRAINING", position: int) -> "Schooling":
+        from qcore.training.finetune import Schooling
+
+        learn, judge = _splits(data, split, step)
+        places = [folder / f"{position}-{what}" for what in ("learn", "judge")]
+        for place in places:
+            place.mkdir()
+        return Schooling(
+            learn=open_samples(learn, places[0]),
+            judge=open_samples(judge, places[1]),
+            feed=feed,
+            folder=places[0],
+            checkpoint=out.with_name(f"{out.name}.{position}.{_CHECKPOINT}"),
+            key=sha256_json([sha256_bytes(raw), learn.sha256, judge.sha256, position, source_sha256()]),
+            told=progress,
+        )
+
+    return school
+
+
+def _splits(data: Path, split: str, step: "TRAINING") -> "tuple[Dataset, Dataset]":
+    """Return what is learnt from and what judges: a split each, or parts of one."""
+    from qcore.data.card import load_card
+    from qcore.data.dataset import open_dataset, shared_samples
+
+    known = load_card(data)[0].splits
+    learn = open_dataset(data, step.train if step.train in known else split)
+    if step.validation in known:
+        judge = open_dataset(data, step.validation)
+        if shared := shared_samples(learn, judge):
+            raise DataError(
+                f"splits {learn.split!r} and {judge.split!r} share {shared} samples, so training would judge itself by "
+                "what it learns; correct the card"
+            )
+        return learn, judge
+    if learn.n < 2:
+        raise DataError(f"split {learn.split!r} has {learn.n} sample; allowed: 2 or more, since some must judge")
+    held = set(range(min(JUDGES, learn.n) - 1, learn.n, JUDGES))
+    return _part(learn, [k for k in range(learn.n) if k not in held]), _part(learn, sorted(held))
+
+
+def _part(data: "Dataset", places: list[int]) -> "Dataset":
+    from qcore.canonical import sha256_json
+
+    indices = tuple(data.indices[k] for k in places)
+    labels = None if data.labels is None else tuple(data.labels[k] for k in places)
+    return replace(data, indices=indices, labels=labels, sha256=sha256_json({"of": data.sha256, "places": places}))
+
+
+def _feed(raw: bytes) -> "Feed":
+    """Return what makes inputs of the model from samples."""
+    from qcore.runtime import ort
+
+    loaded = ort.load(raw)
+    if loaded.fixed_batch is not None:
+        raise ConfigError(
+            f"the model insists on batches of {loaded.fixed_batch}; allowed for training: any number; export "
+            "it with a symbolic first dimension"
+        )
+
+    def feed(
+        samples: "Samples", places: "NDArray[np.int64]"
+    ) -> "tuple[dict[str, NDArray[np.generic]], NDArray[np.int64] | None]":
+        batch = samples.read(places)
+        return ort.samples(loaded, batch), batch.y
+
+    return feed
