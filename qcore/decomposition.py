@@ -198,7 +198,10 @@ def _moments(
         del made
     for la in layers:
         found = sums.pop(node_name(la.node), None)
-        yield la, None if found is None else found.moments(centred=bias_of(la.node)[1])
+        moments = None if found is None else found.moments(centred=bias_of(la.node)[1])
+        if moments is not None and not np.isfinite(moments.covariance).all():
+            raise ModelError(f"{node_name(la.node)} reads NaN or infinity; check the model and the preprocessing")
+        yield la, moments
 
 
 def _paired(

@@ -13,8 +13,8 @@ COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 def node_macs(model: ir.Model) -> dict[str, int]:
     """Return node name -> multiply-accumulates for one sample, in graph order; bias additions do not count.
 
-    Shapes come from ONNX shape inference with a first dimension of 1 for every input. Nodes whose shapes are still not
-    known then (further symbolic dimensions) are left out, as are nodes inside subgraphs.
+    Shapes are those of `single_sample`. Nodes whose shapes are not known then (further symbolic dimensions) are left
+    out, as are nodes inside subgraphs.
     """
     sized = single_sample(model)
     counted = [n for n in sized.graph if n.op_type in COUNTED and n.domain == ""]
@@ -23,15 +23,27 @@ def node_macs(model: ir.Model) -> dict[str, int]:
 
 
 def single_sample(model: ir.Model) -> ir.Model:
-    """Return a copy of `model` for one sample, with every shape that ONNX shape inference finds."""
+    """Return a copy of `model` for one sample, with every shape that ONNX shape inference finds.
+
+    The first dimension of every input becomes 1; where the graph does not take that (a matrix is no batch), only those
+    do that have no number.
+    """
+    sized = _inferred(model, fixed_too=True)
+    if all(static_shape(o) is not None for node in sized.graph for o in node.outputs):
+        return sized
+    return _inferred(model, fixed_too=False)
+
+
+def _inferred(model: ir.Model, *, fixed_too: bool) -> ir.Model:
     copy = model.clone()
-    weights = copy.graph.initializers.values()
     for value in copy.graph.inputs:
-        if value.shape is not None and len(value.shape) and all(value is not w for w in weights):
-            value.shape = ir.Shape([1, *value.shape[1:]])
+        if value.shape is not None and len(value.shape) and not value.is_initializer():
+            first = 1 if fixed_too or not isinstance(value.shape[0], int) else value.shape[0]
+            value.shape = ir.Shape([first, *value.shape[1:]])
     for value in (*copy.graph.outputs, *(o for node in copy.graph for o in node.outputs)):
         value.shape = None  # said for another batch; inferred anew
-    return ShapeInferencePass()(copy).model
+    # Not strict: what does not fit keeps an unknown shape, and nobody is warned.
+    return ShapeInferencePass(check_type=False, strict_mode=False)(copy).model
 
 
 def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:

@@ -66,7 +66,7 @@ def prune(model: ir.Model, step: PruneStep) -> Rewrite:
     out = editable_copy(model)
     changed: list[str] = []
     skipped: list[Skipped] = []
-    pruned: dict[ir.Value, ir.Value] = {}
+    pruned: dict[tuple[ir.Value, int], ir.Value] = {}
     for node in [n for n in out.graph if n.op_type in PRUNED and n.domain == ""]:
         value = node.inputs[1]
         weight = constant_array(value)
@@ -80,10 +80,11 @@ def prune(model: ir.Model, step: PruneStep) -> Rewrite:
         if reason is not None or value is None or weight is None:
             skipped.append(Skipped(node=node_name(node), op_type=node.op_type, reason=str(reason)))
             continue
-        if value not in pruned:
+        key = (value, 0 if step.kept is None else _input_axis(node, weight.ndim))
+        if key not in pruned:
             kept = np.where(_mask(node, weight, step), weight, np.zeros_like(weight))
-            pruned[value] = add_initializer(out.graph, f"{value.name}_pruned", kept)
-        node.replace_input_with(1, pruned[value])
+            pruned[key] = add_initializer(out.graph, f"{value.name}_pruned", kept)
+        node.replace_input_with(1, pruned[key])
         changed.append(node_name(node))
     if not changed:
         why = f" (of {skipped[0].node}: {skipped[0].reason})" if skipped else ""

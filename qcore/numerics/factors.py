@@ -259,11 +259,11 @@ def _cp(kind: Literal["cp", "depthwise"], w: Array, rank: int, how: tuple[Array 
         for mode in reversed(range(target.ndim)):
             parts[mode] = _als_step(target, parts, mode)
         _normalise(parts)
-    parts[0] = np.asarray(np.linalg.solve(root, parts[0]), np.float64)
+    reduce: Array = np.asarray(np.linalg.solve(root, parts[0]).T, np.float64)
     middle: list[Array] = [p.T for p in parts[1:-1]]
     if kind == "depthwise":
         middle = [middle[0].reshape(rank, w.shape[2], w.shape[3])]
-    return balanced(Factors(kind=kind, arrays=(parts[0].T, *middle, parts[-1]))).arrays
+    return balanced(Factors(kind=kind, arrays=(reduce, *middle, parts[-1]))).arrays
 
 
 def _als_step(target: Array, parts: list[Array], mode: int) -> Array:
@@ -281,7 +281,7 @@ def _als_step(target: Array, parts: list[Array], mode: int) -> Array:
         shape[at], shape[-1] = parts[k].shape
         right = np.sum(right * parts[k].reshape(shape), axis=at)
         axes.remove(k)
-    ridge = _RIDGE * np.trace(product) / len(product)
+    ridge = _RIDGE * (np.trace(product) / len(product) or 1.0)
     result: Array = np.linalg.solve(product + ridge * np.eye(len(product)), right.T).T
     return result
 

@@ -141,11 +141,12 @@ def ranks_within(
         rank = int(macs / chain_macs(kind, (1,), shape)) // multiple * multiple  # the cost is linear in the rank
         rank = min(rank, most[0] // multiple * multiple)
         return (rank,) if rank else None
+    taps = shape.weight[2] * shape.weight[3]  # a core cannot use more channels than the others times taps
     pairs = [
         (tails[0][first] + tails[1][last], (first, last))
         for first in range(multiple, most[0] + 1, multiple)
         for last in range(multiple, most[1] + 1, multiple)
-        if chain_macs(kind, (first, last), shape) <= macs
+        if chain_macs(kind, (first, last), shape) <= macs and max(first, last) <= min(first, last) * taps
     ]
     return min(pairs)[1] if pairs else None
 
