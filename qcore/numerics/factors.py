@@ -237,7 +237,8 @@ def _tucker2(w: Array, ranks: tuple[int, int], gram: Array | None) -> tuple[Arra
         small = np.einsum("ib,oikl->obkl", into, white, optimize=True)
         out = _leading(small.reshape(len(w), -1), ranks[1])
     core = np.einsum("oa,ib,oikl->abkl", out, into, white, optimize=True)
-    return balanced(Factors(kind="tucker2", arrays=(np.linalg.solve(root, into).T, core, out))).arrays
+    reduce: Array = np.asarray(np.linalg.solve(root, into).T, np.float64)
+    return balanced(Factors(kind="tucker2", arrays=(reduce, core, out))).arrays
 
 
 def _cp(kind: Literal["cp", "depthwise"], w: Array, rank: int, how: tuple[Array | None, int]) -> tuple[Array, ...]:
@@ -282,8 +283,7 @@ def _als_step(target: Array, parts: list[Array], mode: int) -> Array:
         right = np.sum(right * parts[k].reshape(shape), axis=at)
         axes.remove(k)
     ridge = _RIDGE * (np.trace(product) / len(product) or 1.0)
-    result: Array = np.linalg.solve(product + ridge * np.eye(len(product)), right.T).T
-    return result
+    return np.asarray(np.linalg.solve(product + ridge * np.eye(len(product)), right.T).T, np.float64)
 
 
 def _normalise(parts: list[Array]) -> None:
