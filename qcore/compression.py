@@ -9,13 +9,16 @@ import numpy as np
 import onnx_ir as ir
 
 from qcore.config import Config
+from qcore.decomposition import decompose_to_budget
 from qcore.errors import ConfigError
 from qcore.graph.finite import refuse_non_finite_weights
 from qcore.graph.fold import fold_batchnorm
 from qcore.graph.head import conv_head_to_gemm
 from qcore.graph.rewrite import Rewrite, Skipped
 from qcore.methods.absorb_bias import AbsorbBiasStep, absorb_bias, activations_to_absorb
+from qcore.methods.cluster import ClusterStep, cluster
 from qcore.methods.correct_bias import CorrectBiasStep, correct_bias, correct_bias_analytically, inputs_of_layers
+from qcore.methods.decompose import DecomposeStep
 from qcore.methods.dynamic import QuantizeDynamicStep, quantize_dynamic
 from qcore.methods.equalize import EqualizeStep, equalize
 from qcore.methods.finetune import Epoch, FinetuneStep, QatStep
@@ -25,7 +28,8 @@ from qcore.methods.quantize import QuantizeStep, quantize
 from qcore.methods.round_weights import RoundWeightsStep, round_weights
 from qcore.methods.smooth import SmoothStep, smooth, tensors_to_smooth
 from qcore.methods.weights import QuantizeWeightsStep, quantize_weights
-from qcore.recipe import AFTER, BEFORE, TRAINING, FoldBatchnormStep, GemmHeadStep, Recipe, check_order
+from qcore.numerics.ranks import LayerRanks
+from qcore.recipe import AFTER, BEFORE, FREE, TRAINING, FoldBatchnormStep, GemmHeadStep, Recipe, check_order
 from qcore.recovery import Evidence, Tensors, channel_statistics, output_distance
 from qcore.refinement import refine_layers
 from qcore.target import TargetProfile
@@ -41,7 +45,8 @@ class AppliedStep:
     For a recovery step `error_before` and `error_after` are the distances of the quantized model from the float one on
     held-out samples, without and with the step, and `kept` says whether it is in the result; `reason` says why not
     where nothing was measured. For a step that trains they are the losses on the validation samples, and `epochs` how
-    it went from the state before training on.
+    it went from the state before training on. `layers` are those that `decompose` looked at, with the scores of their
+    ranks.
     """
 
     method: str
@@ -52,6 +57,7 @@ class AppliedStep:
     error_after: float | None = None
     reason: str | None = None
     epochs: tuple[Epoch, ...] = ()
+    layers: tuple[LayerRanks, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,12 +78,14 @@ class Compressed:
 class Shared:
     """What the runs of several recipes on one model share: float steps that were done, and who is told of each step.
 
-    `told` gets the method, the number of steps done, and of how many. The float models in `done` stay in memory.
+    `told` gets the method, the number of steps done, and of how many; `within` the same of what a long step does. The
+    float models in `done` stay in memory.
     `school` gives what a step at some position trains with; None where nothing trains.
     """
 
     done: dict[tuple[int, str, str], tuple[ir.Model, Rewrite]] = field(default_factory=dict)
     told: Callable[[str, int, int], None] = lambda method, done, total: None
+    within: Callable[[str, int, int], None] = lambda what, done, total: None
     school: "Callable[[TRAINING, int], Schooling] | None" = None
 
 
@@ -109,6 +117,8 @@ def compress(
         match step:
             case EqualizeStep() | SmoothStep() | AbsorbBiasStep():
                 model, done = _prepare(run, model, step)
+            case DecomposeStep():
+                model, done = _decomposed(run, model, step)
             case QuantizeStep():
                 reference, rewrite = model, _quantized(run, model)
                 model = rewrite.model
@@ -191,6 +201,13 @@ def _once(run: _Run, model: ir.Model, step: Config, make: Callable[[], Rewrite])
     if key not in run.shared.done:
         run.shared.done[key] = (model, make())  # the model too: as long as it lives, its id is its own
     return run.shared.done[key][1]
+
+
+def _decomposed(run: _Run, model: ir.Model, step: DecomposeStep) -> tuple[ir.Model, AppliedStep]:
+    made = decompose_to_budget(model, step, _known(run), run.shared.within)
+    changed, skipped = made.rewrite.changed, made.rewrite.skipped
+    done = AppliedStep(method=step.method, changed=changed, skipped=skipped, layers=made.layers)
+    return made.rewrite.model, done
 
 
 def _unjudged(run: _Run, step: BEFORE | AFTER) -> AppliedStep | None:
@@ -325,7 +342,7 @@ def _better(method: str, before: tuple[ir.Model, float], after: tuple[Rewrite, f
 
 def apply_step(
     model: ir.Model,
-    step: FoldBatchnormStep | GemmHeadStep | PruneStep | QuantizeDynamicStep | QuantizeWeightsStep | Float16Step,
+    step: FREE,
     target: TargetProfile,
 ) -> Rewrite:
     """Return `model` after one step that needs no data."""
@@ -336,6 +353,8 @@ def apply_step(
             return conv_head_to_gemm(model)
         case PruneStep():
             return prune(model, step)
+        case ClusterStep():
+            return cluster(model, step)
         case QuantizeDynamicStep():
             return quantize_dynamic(model, step, target)
         case QuantizeWeightsStep():

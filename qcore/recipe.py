@@ -11,7 +11,9 @@ from pydantic import Field
 from qcore.config import Config, load_config
 from qcore.errors import ConfigError
 from qcore.methods.absorb_bias import AbsorbBiasStep
+from qcore.methods.cluster import ClusterStep
 from qcore.methods.correct_bias import CorrectBiasStep
+from qcore.methods.decompose import DecomposeStep
 from qcore.methods.dynamic import QuantizeDynamicStep
 from qcore.methods.equalize import EqualizeStep
 from qcore.methods.finetune import FinetuneStep, QatStep
@@ -42,6 +44,8 @@ Step = Annotated[
     FoldBatchnormStep
     | GemmHeadStep
     | PruneStep
+    | ClusterStep
+    | DecomposeStep
     | FinetuneStep
     | EqualizeStep
     | SmoothStep
@@ -61,6 +65,10 @@ AFTER = CorrectBiasStep | RoundWeightsStep
 """Recovery steps that mend a model behind `quantize`."""
 TRAINING = FinetuneStep | QatStep
 """Steps that train: on the float model, and behind `quantize` and all that mends."""
+FREE = (
+    FoldBatchnormStep | GemmHeadStep | PruneStep | ClusterStep | QuantizeDynamicStep | QuantizeWeightsStep | Float16Step
+)
+"""Steps that need no data."""
 
 
 class Recipe(Config):
@@ -87,7 +95,12 @@ class Recipe(Config):
     @property
     def needs_samples(self) -> bool:
         """Whether a step runs the model on samples: a table is not enough."""
-        return any(isinstance(s, BEFORE | AFTER) for s in self.steps)
+        return any(isinstance(s, BEFORE | AFTER | DecomposeStep) for s in self.steps)
+
+    @property
+    def reads_calibration_data(self) -> bool:
+        """Whether a step reads the calibration split, counted in a table or sample by sample."""
+        return self.needs_calibration or self.needs_samples
 
     @property
     def training_steps(self) -> tuple[TRAINING, ...]:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from qcore.graph.edit import editable_copy
 from qcore.graph.grid import LAYERS, GridNode, grid_nodes, matrix_of, replace_layer, scale_of
 from qcore.graph.rewrite import Rewrite, Skipped
-from qcore.graph.traverse import auto_pad, constant_array, ints_attribute, node_name
+from qcore.graph.traverse import constant_array, node_name
+from qcore.graph.windows import window_of
 from qcore.numerics.refine import GridLayer, LayerMoments, MomentSums
 from qcore.numerics.shrinkage import MOST_INPUTS
-from qcore.numerics.windows import Window, same_pads, windows_at
+from qcore.numerics.windows import Window, windows_at
 from qcore.runtime.nodewise import Walk, expose, inputs_of, start_walk
 from qcore.runtime.ort import encoded, load_unfused
 
@@ -136,21 +137,4 @@ def _window(layer: GridNode, size: tuple[int, int]) -> Window:
     """Return how the convolution `layer` looks at an input of height and width `size`."""
     weight = constant_array(layer.weight)
     assert weight is not None  # noqa: S101 - an initializer
-    flat = weight.ndim == 3
-    kernel = (1, weight.shape[2]) if flat else (weight.shape[2], weight.shape[3])
-    strides, dilations = (_pair(ints_attribute(layer.node, name)) for name in ("strides", "dilations"))
-    mode = auto_pad(layer.node)
-    if mode in ("SAME_UPPER", "SAME_LOWER"):
-        (top, bottom), (left, right) = (
-            same_pads(*axis, upper=mode == "SAME_UPPER") for axis in zip(size, kernel, strides, dilations, strict=True)
-        )
-    else:
-        pads = ints_attribute(layer.node, "pads") if mode == "NOTSET" else ()
-        top, left, bottom, right = (0, pads[0], 0, pads[1]) if flat and pads else pads or (0, 0, 0, 0)
-    return Window(kernel=kernel, strides=strides, pads=(top, left, bottom, right), dilations=dilations)
-
-
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    """Return what a convolution says of its axes as (vertical, horizontal); it may say nothing, or have one axis."""
-    vertical, horizontal = (1, 1, *values)[-2:]
-    return vertical, horizontal
+    return window_of(layer.node, weight.shape[2:], size)

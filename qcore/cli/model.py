@@ -34,10 +34,54 @@ def prune(
     model: opt.Model,
     out: opt.Out,
     sparsity: Annotated[float, typer.Option(help="Fraction of every layer's weights to zero, in [0, 1).")] = 0.5,
+    pattern: Annotated[
+        str | None, typer.Option(help="Instead, N:M such as 2:4: keep N of every M weights along a layer's inputs.")
+    ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Set the smallest weights of every layer to zero."""
-    _print_summary(steps.prune(model=model, out=out, sparsity=sparsity), as_json)
+    _print_summary(steps.prune(model=model, out=out, sparsity=sparsity, pattern=pattern), as_json)
+
+
+def cluster(
+    model: opt.Model,
+    out: opt.Out,
+    clusters: Annotated[int, typer.Option(help="Distinct values of every layer's weights, 2 to 256.")] = 16,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Let the weights of every layer take only a few values, so that packages are small. Needs no data."""
+    _print_summary(steps.cluster(model=model, out=out, clusters=clusters), as_json)
+
+
+def decompose(
+    model: opt.Model,
+    data: opt.Data,
+    out: opt.Out,
+    macs: Annotated[
+        float | None, typer.Option(help="Share of the multiplications that may be left; default 0.5.")
+    ] = None,
+    size_share: Annotated[
+        float | None, typer.Option("--size", help="Instead, share of the weights that may be left.")
+    ] = None,
+    multiple: Annotated[
+        int | None, typer.Option(help="Of all ranks; default 16, the width of vector kernels. Less for narrow layers.")
+    ] = None,
+    split: opt.CalibrationSplit = "calibration",
+    as_json: opt.AsJson = False,
+) -> None:
+    """Write layers as chains of smaller ones (SVD, spatial SVD, Tucker-2, CP) within a budget."""
+    with progress() as report:
+        summary = steps.decompose(
+            model=model,
+            data=data,
+            out=out,
+            macs=macs,
+            size=size_share,
+            multiple=multiple,
+            split=split,
+            progress=report,
+        )
+    _print_summary(summary, as_json)
 
 
 def compress(
@@ -211,9 +255,32 @@ def _print_summary(summary: steps.CompressionSummary, as_json: bool) -> None:
         reasons[skip.op_type, skip.reason] = reasons.get((skip.op_type, skip.reason), 0) + 1
     if reasons:
         print_table("Left alone", ("op", "nodes", "why"), [(op, str(n), why) for (op, why), n in reasons.items()])
+    for step in summary.steps:
+        _print_ranks(step)
     print_breaches(summary)
     ratio = summary.size_bytes / summary.input_size_bytes
     print(f"{summary.output}: {size(summary.size_bytes)}, {percent(ratio)} of {size(summary.input_size_bytes)}")
+    if summary.packed_bytes is not None and summary.input_packed_bytes:
+        ratio = summary.packed_bytes / summary.input_packed_bytes
+        print(f"in a package: {size(summary.packed_bytes)}, {percent(ratio)} of {size(summary.input_packed_bytes)}")
+
+
+def _print_ranks(step: "AppliedStep") -> None:
+    """Print the layers that became chains."""
+    rows = [
+        (
+            la.node,
+            chosen.kind,
+            " x ".join(map(str, chosen.ranks)),
+            percent(chosen.macs / la.macs),
+            f"{chosen.score:.3g}",
+        )
+        for la in step.layers
+        if (chosen := la.choice) is not None
+    ]
+    if rows:
+        columns = ("layer", "chain", "rank", "multiplications left", "output error alone")
+        print_table("Layers written as chains", columns, rows)
 
 
 def print_breaches(summary: steps.CompressionSummary) -> None:

@@ -114,6 +114,11 @@ def build_package(source: PackageSource, out: Path) -> Package:
     return Package(path=out, sha256=sha256_file(out), size_bytes=out.stat().st_size, manifest=manifest)
 
 
+def packed_size(data: bytes) -> int:
+    """Return how many bytes a member that holds `data` takes in a package, without its header."""
+    return len(zstandard.ZstdCompressor(level=COMPRESSION_LEVEL).compress(data))
+
+
 def read_manifest(path: Path) -> ReleaseManifest:
     """Return the manifest of the package `path`; the other members are not read.
 

@@ -11,7 +11,9 @@ from qcore.steps.calibration import CALIBRATION_DECAY as CALIBRATION_DECAY
 from qcore.steps.calibration import calibrate as calibrate
 from qcore.steps.calibration import merge_tables as merge_tables
 from qcore.steps.compression import CompressionSummary as CompressionSummary
+from qcore.steps.compression import cluster as cluster
 from qcore.steps.compression import compress as compress
+from qcore.steps.compression import decompose as decompose
 from qcore.steps.compression import prune as prune
 from qcore.steps.compression import quantize as quantize
 from qcore.steps.guard import Progress as Progress

@@ -1,5 +1,6 @@
 """Compression on files: a model in, the bytes of a smaller one and a summary out."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,9 @@ ANY_TARGET = "x86-avx2"  # a recipe without quantize does not look at it
 class CompressionSummary:
     """A written model: where, its digest and size, what each step did, and where it is not what the target wants.
 
-    `breaches` are what `qcore lint` finds; none where the recipe does not look at the target.
+    `breaches` are what `qcore lint` finds; none where the recipe does not look at the target. `packed_bytes` and
+    `input_packed_bytes` are the sizes of the file and of what it was made from inside a package, where the recipe has a
+    step that pays only there, and zstandard is installed.
     """
 
     output: Path
@@ -42,6 +45,8 @@ class CompressionSummary:
     target: str
     steps: "tuple[AppliedStep, ...]"
     breaches: "tuple[Finding, ...]" = ()
+    packed_bytes: int | None = None
+    input_packed_bytes: int | None = None
 
     def to_json(self) -> Json:
         """Return the JSON form of `--json`."""
@@ -49,6 +54,8 @@ class CompressionSummary:
             "output": str(self.output),
             "size_bytes": self.size_bytes,
             "input_size_bytes": self.input_size_bytes,
+            "packed_bytes": self.packed_bytes,
+            "input_packed_bytes": self.input_packed_bytes,
             "model": {"sha256": self.sha256, "size_bytes": self.size_bytes},
             "recipe": self.recipe,
             "recipe_sha256": self.recipe_sha256,
@@ -60,6 +67,7 @@ class CompressionSummary:
                     "reason": s.reason,
                     "error": None if s.error_after is None else {"before": s.error_before, "after": s.error_after},
                     "epochs": [asdict(e) for e in s.epochs],
+                    "layers": [asdict(la) for la in s.layers],
                     "changed": list(s.changed),
                     "skipped": [{"node": k.node, "op_type": k.op_type, "reason": k.reason} for k in s.skipped],
                 }
@@ -69,18 +77,69 @@ class CompressionSummary:
         }
 
 
-def prune(*, model: Path, out: Path, sparsity: float = 0.5) -> CompressionSummary:
-    """Return the summary of `out`: `model` with the fraction `sparsity` of every layer's weights set to zero."""
+def prune(*, model: Path, out: Path, sparsity: float = 0.5, pattern: str | None = None) -> CompressionSummary:
+    """Return the summary of `out`: `model` with some weights of every layer set to zero.
+
+    Args:
+        model: the float model.
+        out: where to write.
+        sparsity: the fraction of every layer's weights, where there is no pattern.
+        pattern: N:M, keeps N of every M weights along the inputs of a layer.
+    """
+    options = {"sparsity": sparsity} if pattern is None else {"pattern": pattern}
+    recipe = _one_step("prune", options)
+    refuse_overwrite(out, model)
+    if sparsity == 0 and pattern is None:
+        return _unchanged(model, out, recipe)
+    return _compressed(model, out, recipe, ANY_TARGET, None, silent)
+
+
+def cluster(*, model: Path, out: Path, clusters: int = 16) -> CompressionSummary:
+    """Return the summary of `out`: `model` with at most `clusters` distinct values in every layer's weights."""
+    recipe = _one_step("cluster", {"clusters": clusters})
+    refuse_overwrite(out, model)
+    return _compressed(model, out, recipe, ANY_TARGET, None, silent)
+
+
+def decompose(
+    *,
+    model: Path,
+    data: Path,
+    out: Path,
+    macs: float | None = None,
+    size: float | None = None,
+    multiple: int | None = None,
+    split: str = "calibration",
+    progress: Progress = silent,
+) -> CompressionSummary:
+    """Return the summary of `out`: `model` with layers written as chains of smaller ones.
+
+    Args:
+        model: the float model; batch norms are folded first.
+        data: the data card.
+        out: where to write.
+        macs: share of the multiplications that may be left; 0.5 without it and `size`.
+        size: share of the weights instead.
+        multiple: of all ranks; that of `DecomposeStep` without it.
+        split: runs through the model.
+        progress: told how far it is.
+    """
+    from qcore.data.dataset import open_dataset
+
+    options = {"macs": macs, "size": size, "multiple": multiple}
+    recipe = _one_step("decompose", {k: v for k, v in options.items() if v is not None})
+    refuse_overwrite(out, model, data=data)
+    return _compressed(model, out, recipe, ANY_TARGET, open_dataset(data, split), progress)
+
+
+def _one_step(method: str, options: Mapping[str, Json]) -> "Recipe":
+    """Return the recipe of one step; batch norms are folded before a decomposition, which moves biases."""
     from qcore.config import check_config
     from qcore.recipe import Recipe
 
-    recipe = check_config(
-        {"name": "prune", "steps": [{"method": "prune", "sparsity": sparsity}]}, Recipe, "prune options"
-    )
-    refuse_overwrite(out, model)
-    if sparsity == 0:
-        return _unchanged(model, out, recipe)
-    return _compressed(model, out, recipe, ANY_TARGET, None, silent)
+    before = [{"method": "fold-batchnorm"}] if method == "decompose" else []
+    value = {"name": method, "steps": [*before, {"method": method, **options}]}
+    return check_config(value, Recipe, f"{method} options")
 
 
 def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recipe: str = "int8") -> CompressionSummary:
@@ -93,6 +152,7 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
     from qcore.calibration import check_table, load_table
     from qcore.canonical import sha256_bytes
     from qcore.graph.io import parse_model, read_model_bytes
+    from qcore.methods.cluster import ClusterStep
     from qcore.methods.prune import PruneStep
     from qcore.recipe import load_recipe
     from qcore.recovery import Evidence
@@ -101,19 +161,19 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
     loaded = load_recipe(recipe)
     if loaded.needs_samples:
         raise ConfigError(
-            f"recipe {loaded.name} recovers accuracy by running samples, which a table does not hold; run "
-            "`qcore compress` with --data"
+            f"recipe {loaded.name} runs samples, which a table does not hold; run `qcore compress` with --data"
         )
-    if any(isinstance(s, PruneStep) for s in loaded.steps):
+    changing = next((s.method for s in loaded.steps if isinstance(s, PruneStep | ClusterStep)), None)
+    if changing is not None:
         raise ConfigError(
-            f"recipe {loaded.name} prunes before it quantizes, but the table is of the unpruned model; run "
-            "`qcore prune`, calibrate the result, then quantize; or use `qcore compress`"
+            f"recipe {loaded.name} changes weights ({changing}) before it quantizes, but the table is of the model "
+            f"before that; run `qcore {changing}`, calibrate the result, then quantize; or use `qcore compress`"
         )
     measured = load_table(table)
     raw = read_model_bytes(model)
     check_table(measured, model_sha256=sha256_bytes(raw), name=str(model))
     evidence = Evidence(table=lambda current: measured, fit=(), held_out=(), batch=1, task="none")
-    return _written(raw, parse_model(raw, str(model)), out, loaded, target, evidence)
+    return _written(raw, parse_model(raw, str(model)), out, loaded, (target, evidence), silent)
 
 
 def compress(
@@ -136,10 +196,10 @@ def compress(
 
     loaded = load_recipe(recipe)
     refuse_overwrite(out, model, recipe, target, data=data)
-    if not loaded.needs_calibration and not loaded.training_steps:
+    if not loaded.reads_calibration_data and not loaded.training_steps:
         return _compressed(model, out, loaded, target, None, progress)
     if data is None:
-        does = "calibrates" if loaded.needs_calibration else "trains"
+        does = "calibrates" if loaded.needs_calibration else "runs samples" if loaded.needs_samples else "trains"
         raise ConfigError(
             f"recipe {loaded.name} {does} and got no data; allowed: a data card; pass --data CARD, or a recipe "
             "without calibration (int8-dynamic, int8-weights, int4-weights, float16)"
@@ -164,11 +224,11 @@ def _trained(
     learn, judge = splits(data, split, recipe.training_steps[0])
     # Who judges training must not have taught the steps before it either.
     own = learn if judge.split == split else open_dataset(data, split)
-    dataset = own if recipe.needs_calibration else None
+    dataset = own if recipe.reads_calibration_data else None
     with tempfile.TemporaryDirectory(prefix="qcore-train-") as folder:
         school = school_of(raw, data, split, out=out, folder=Path(folder), progress=progress)
         evidence = None if dataset is None else gathered(parsed, dataset, recipe.needs_samples, progress)
-        summary = _written(raw, parsed, out, recipe, target, evidence, school=school)
+        summary = _written(raw, parsed, out, recipe, (target, evidence), progress, school=school)
     for path in checkpoints(out):
         path.unlink()
     return summary
@@ -212,7 +272,7 @@ def _compressed(
     raw = read_model_bytes(model)
     parsed = parse_model(raw, str(model))
     evidence = None if dataset is None else gathered(parsed, dataset, recipe.needs_samples, progress)
-    return _written(raw, parsed, out, recipe, target, evidence)
+    return _written(raw, parsed, out, recipe, (target, evidence), progress)
 
 
 def _written(
@@ -220,8 +280,8 @@ def _written(
     model: "ir.Model",
     out: Path,
     recipe: "Recipe",
-    target: str,
-    evidence: "Evidence | None",
+    asked: "tuple[str, Evidence | None]",
+    progress: Progress,
     *,
     school: "School | None" = None,
 ) -> CompressionSummary:
@@ -231,8 +291,9 @@ def _written(
     from qcore.graph.io import serialize_model
     from qcore.target import load_target
 
+    target, evidence = asked
     profile = load_target(target)
-    result = apply_recipe(model, recipe, profile, evidence, Shared(school=school))
+    result = apply_recipe(model, recipe, profile, evidence, Shared(school=school, within=progress))
     written = serialize_model(result.model)
     refuse_unusable(written, f"the result of recipe {recipe.name} for {profile.name}")
     if is_first():
@@ -264,7 +325,23 @@ def summary_of(
         target=target.name if recipe.reads_target else "any",
         steps=steps,
         breaches=lint(parse_model(written, str(out)), target) if recipe.reads_target else (),
+        packed_bytes=_packed(written, recipe),
+        input_packed_bytes=_packed(raw, recipe),
     )
+
+
+def _packed(raw: bytes, recipe: "Recipe") -> int | None:
+    """Return the size of `raw` inside a package, where the recipe has a step that makes only that smaller."""
+    from importlib.util import find_spec
+
+    from qcore.methods.cluster import ClusterStep
+    from qcore.methods.prune import PruneStep
+
+    if find_spec("zstandard") is None or not any(isinstance(s, PruneStep | ClusterStep) for s in recipe.steps):
+        return None
+    from qcore.release.package import packed_size
+
+    return packed_size(raw)
 
 
 def refuse_unusable(raw: bytes, name: str) -> None:
