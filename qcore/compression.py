@@ -40,8 +40,9 @@ class AppliedStep:
 
     For a recovery step `error_before` and `error_after` are the distances of the quantized model from the float one on
     held-out samples, without and with the step, and `kept` says whether it is in the result; `reason` says why not
-    where nothing was measured. For a step that trains they are the losses on the validation samples, and `epochs` how
-    it went from the state before training on.
+    where nothing was measured. For a step that trains they are the losses on the validation samples, `epochs` how it
+    went from the state before training on, `best` the number of the epoch that is kept, and `samples` how many were
+    learnt from.
     """
 
     method: str
@@ -52,6 +53,8 @@ class AppliedStep:
     error_after: float | None = None
     reason: str | None = None
     epochs: tuple[Epoch, ...] = ()
+    best: int | None = None
+    samples: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,6 +290,8 @@ def _taught(step: TRAINING, before: ir.Model, lessons: "Lessons") -> tuple[ir.Mo
         error_before=start.validation,
         error_after=best.validation if kept else min(e.validation for e in lessons.epochs[1:]),
         epochs=lessons.epochs,
+        best=lessons.best,
+        samples=lessons.samples,
     )
     return (lessons.rewrite.model if kept else before), done
 

@@ -45,24 +45,26 @@ class FakeQuantizer(torch.nn.Module):
     """Rounds one tensor as `quantizer` says, with the scale that `scales` holds for it."""
 
     def __init__(self, quantizer: Quantizer, scales: Scales) -> None:
-        """Keep the zero point as a buffer; `scales` is shared by all quantizers of a graph."""
+        """Count levels from the zero point, as ONNX rounds; `scales` is shared by all quantizers of a graph."""
         super().__init__()
-        self._scales, self._name, self._q = scales, quantizer.scale, quantizer.q
-        zero = np.broadcast_to(quantizer.q.zero_point, quantizer.q.scale.shape).astype(np.float32)
-        self.register_buffer("zero", torch.from_numpy(zero.reshape(-1).copy()))
+        q = quantizer.q
+        self._scales, self._name, self._axis = scales, quantizer.scale, q.axis
+        zero = np.broadcast_to(q.zero_point, q.scale.shape).reshape(-1)
+        # torch wants 0 among the levels, which it is not where the few levels of few bits lie around 128.
+        shift = int(zero[0]) if (zero == zero[0]).all() else 0
+        self._low, self._high = q.qmin - shift, q.qmax - shift
+        self.register_buffer("zero", torch.from_numpy((zero - shift).astype(np.float32)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `(clip(round(x / scale) + zero, qmin, qmax) - zero) * scale`, shape and layout of `x`."""
-        q, scale = self._q, self._scales.scale(self._name)
+        low, high, scale = self._low, self._high, self._scales.scale(self._name)
         # torch's own kernel: one pass forward and one back, where the formula as written would take nine.
-        if q.axis is None:
-            factor = 1.0 / (x.numel() * max(q.qmax, 1)) ** 0.5
-            return torch._fake_quantize_learnable_per_tensor_affine(
-                x, scale.reshape(1), self.zero, q.qmin, q.qmax, factor
-            )
-        factor = 1.0 / (x.numel() / scale.numel() * max(q.qmax, 1)) ** 0.5
-        axis = q.axis % x.dim()
-        return torch._fake_quantize_learnable_per_channel_affine(x, scale, self.zero, axis, q.qmin, q.qmax, factor)
+        if self._axis is None:
+            factor = 1.0 / (x.numel() * max(high, 1)) ** 0.5
+            return torch._fake_quantize_learnable_per_tensor_affine(x, scale.reshape(1), self.zero, low, high, factor)
+        factor = 1.0 / (x.numel() / scale.numel() * max(high, 1)) ** 0.5
+        axis = self._axis % x.dim()
+        return torch._fake_quantize_learnable_per_channel_affine(x, scale, self.zero, axis, low, high, factor)
 
 
 def quantizers_of(fake: FakeQuantized, *, learn: bool, power_of_two: bool) -> tuple[Scales, dict[str, FakeQuantizer]]:
