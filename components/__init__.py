@@ -5,6 +5,7 @@
 
 from qcore.components.calibrate import calibrate
 from qcore.components.evaluate import evaluate
+from qcore.components.finetune import finetune
 from qcore.components.gate import gate
 from qcore.components.merge_tables import merge_tables
 from qcore.components.package import package
@@ -12,4 +13,4 @@ from qcore.components.prune import prune
 from qcore.components.publish import publish
 from qcore.components.quantize import quantize
 
-__all__ = ["calibrate", "evaluate", "gate", "merge_tables", "package", "prune", "publish", "quantize"]
+__all__ = ["calibrate", "evaluate", "finetune", "gate", "merge_tables", "package", "prune", "publish", "quantize"]

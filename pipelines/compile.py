@@ -12,6 +12,7 @@ from kfp import compiler
 
 from qcore.components.calibrate import calibrate
 from qcore.components.evaluate import evaluate
+from qcore.components.finetune import finetune
 from qcore.components.gate import gate
 from qcore.components.merge_tables import merge_tables
 from qcore.components.package import package
@@ -25,7 +26,7 @@ from qcore.pipelines.release import release
 SOURCES: dict[str, Any] = {
     **{
         f"components/{c.name.replace('-', '_')}/component.yaml": c
-        for c in (calibrate, merge_tables, quantize, prune, evaluate, gate, package, publish)
+        for c in (calibrate, merge_tables, quantize, prune, finetune, evaluate, gate, package, publish)
     },
     "pipelines/calibrate_sharded/pipeline.yaml": calibrate_sharded,
     "pipelines/release/pipeline.yaml": release,

@@ -18,6 +18,7 @@ EXTRAS = {
     "scipy": "compress",
     "jinja2": "compress",
     "matplotlib": "compress",
+    "torch": "train",
     "tuf": "release",
     "securesystemslib": "release",
     "zstandard": "release",

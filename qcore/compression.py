@@ -44,9 +44,9 @@ class AppliedStep:
 
     For a recovery step `error_before` and `error_after` are the distances of the quantized model from the float one on
     held-out samples, without and with the step, and `kept` says whether it is in the result; `reason` says why not
-    where nothing was measured. For a step that trains they are the losses on the validation samples, and `epochs` how
-    it went from the state before training on. `layers` are those that `decompose` looked at, with the scores of their
-    ranks.
+    where nothing was measured. For a step that trains they are the losses on the validation samples, `epochs` how it
+    went from the state before training on, `best` the number of the epoch that is kept, and `samples` how many were
+    learnt from. `layers` are those that `decompose` looked at, with the scores of their ranks.
     """
 
     method: str
@@ -58,6 +58,8 @@ class AppliedStep:
     reason: str | None = None
     epochs: tuple[Epoch, ...] = ()
     layers: tuple[LayerRanks, ...] = ()
+    best: int | None = None
+    samples: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -304,6 +306,8 @@ def _taught(step: TRAINING, before: ir.Model, lessons: "Lessons") -> tuple[ir.Mo
         error_before=start.validation,
         error_after=best.validation if kept else min(e.validation for e in lessons.epochs[1:]),
         epochs=lessons.epochs,
+        best=lessons.best,
+        samples=lessons.samples,
     )
     return (lessons.rewrite.model if kept else before), done
 

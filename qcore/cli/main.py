@@ -12,9 +12,10 @@ import typer
 from typer.exceptions import TyperException
 
 from qcore import __version__
-from qcore.cli import calibration, demo, layers, lint, model, pipeline, repo, tracking
+from qcore.cli import calibration, demo, layers, lint, model, pipeline, repo, tracking, training
 from qcore.cli.output import print_json
 from qcore.errors import QcoreError
+from qcore.steps import is_first
 
 INTERRUPTED = 130
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command("calibrate")(calibration.calibrate)
 app.command("merge-tables")(calibration.merge_tables)
 app.command("quantize")(model.quantize)
+app.command("finetune")(training.finetune)
 app.command("prune")(model.prune)
 app.command("cluster")(model.cluster)
 app.command("decompose")(model.decompose)
@@ -71,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
     if problem:
         line = " ".join(problem.split())
         print(f"error: {line}", file=sys.stderr)
-        if "--json" in arguments:
+        if "--json" in arguments and is_first():
             print_json({"error": line})
     return code
 

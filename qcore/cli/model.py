@@ -7,6 +7,7 @@ import typer
 
 from qcore import steps
 from qcore.cli import options as opt
+from qcore.cli.epochs import gained, print_epochs, training_progress
 from qcore.cli.output import percent, print_facts, print_json, print_table, progress, size
 from qcore.errors import ConfigError
 from qcore.report import EvaluationReport, GateDecision
@@ -27,7 +28,7 @@ def quantize(
     as_json: opt.AsJson = False,
 ) -> None:
     """Quantize a model with the ranges of a calibration table."""
-    _print_summary(steps.quantize(model=model, table=table, out=out, target=target, recipe=recipe), as_json)
+    print_summary(steps.quantize(model=model, table=table, out=out, target=target, recipe=recipe), as_json)
 
 
 def prune(
@@ -40,7 +41,7 @@ def prune(
     as_json: opt.AsJson = False,
 ) -> None:
     """Set the smallest weights of every layer to zero."""
-    _print_summary(steps.prune(model=model, out=out, sparsity=sparsity, pattern=pattern), as_json)
+    print_summary(steps.prune(model=model, out=out, sparsity=sparsity, pattern=pattern), as_json)
 
 
 def cluster(
@@ -50,7 +51,7 @@ def cluster(
     as_json: opt.AsJson = False,
 ) -> None:
     """Let the weights of every layer take only a few values, so that packages are small. Needs no data."""
-    _print_summary(steps.cluster(model=model, out=out, clusters=clusters), as_json)
+    print_summary(steps.cluster(model=model, out=out, clusters=clusters), as_json)
 
 
 def decompose(
@@ -81,7 +82,7 @@ def decompose(
             split=split,
             progress=report,
         )
-    _print_summary(summary, as_json)
+    print_summary(summary, as_json)
 
 
 def compress(
@@ -92,6 +93,7 @@ def compress(
     target: opt.Target = "host",
     split: opt.CalibrationSplit = "calibration",
     policy: opt.Policy = None,
+    device: opt.Device = opt.DeviceKind.auto,
     as_json: opt.AsJson = False,
 ) -> None:
     """Apply a whole recipe, calibrating where a step needs it.
@@ -103,11 +105,19 @@ def compress(
         return
     if policy is not None:
         raise ConfigError(f"--policy is for --recipe auto, which stops at the first pass; {recipe} is applied as it is")
-    with progress() as report:
+    with training_progress() as (report, on_epoch):
         summary = steps.compress(
-            model=model, data=data, out=out, recipe=recipe, target=target, split=split, progress=report
+            model=model,
+            data=data,
+            out=out,
+            recipe=recipe,
+            target=target,
+            split=split,
+            device=device.value,
+            progress=report,
+            on_epoch=on_epoch,
         )
-    _print_summary(summary, as_json)
+    print_summary(summary, as_json)
 
 
 def _compress_auto(
@@ -123,7 +133,7 @@ def _compress_auto(
         print_json(result.to_json())
         return
     _print_ladder(result)
-    _print_summary(result.written, as_json)
+    print_summary(result.written, as_json)
     print(f"stopped: {result.climb.why}")
 
 
@@ -243,13 +253,19 @@ def print_decision(decision: GateDecision) -> None:
     print(f"outcome: {decision.outcome}{more}")
 
 
-def _print_summary(summary: steps.CompressionSummary, as_json: bool) -> None:
+def print_summary(summary: steps.CompressionSummary, as_json: bool) -> None:
+    """Print what the steps of a recipe did, where the model is not what its target wants, and how large it is."""
+    if not steps.is_first():
+        return
     if as_json:
         print_json(summary.to_json())
         return
     rows = [(s.method, str(len(s.changed)), str(len(s.skipped)), _recovered(s)) for s in summary.steps]
     columns = ("step", "changed", "left alone", "held-out error")
     print_table(f"Recipe {summary.recipe} for {summary.target}", columns, rows)
+    for step in summary.steps:
+        if step.epochs:
+            print_epochs(step)
     reasons: dict[tuple[str, str], int] = {}
     for skip in (k for s in summary.steps for k in s.skipped):
         reasons[skip.op_type, skip.reason] = reasons.get((skip.op_type, skip.reason), 0) + 1
@@ -295,6 +311,8 @@ def print_breaches(summary: steps.CompressionSummary) -> None:
 
 
 def _recovered(step: "AppliedStep") -> str:
+    if step.epochs:
+        return gained(step)
     if step.error_before is None or step.error_after is None:
         return step.reason or ""
     return f"{step.error_before:.3g} -> {step.error_after:.3g}" + ("" if step.kept else ", not kept")

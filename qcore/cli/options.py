@@ -1,5 +1,6 @@
 """Options that several verbs share, spelt and explained once."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,17 @@ Target = Annotated[
     str, typer.Option("--target", help="Target profile (x86-vnni, x86-avx2, arm-dotprod ...), a YAML file, or host.")
 ]
 CalibrationSplit = Annotated[str, typer.Option("--split", help="Split of the data card to calibrate on.")]
+
+
+class DeviceKind(StrEnum):
+    """Where training runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+Device = Annotated[DeviceKind, typer.Option("--device", help="Where training runs; auto: on CUDA where there is one.")]
 EvaluationSplit = Annotated[str, typer.Option("--split", help="Split of the data card to evaluate on.")]
 Policy = Annotated[
     Path | None, typer.Option("--policy", help="Gate policy YAML; without it one point of top-1 at 95 %.")

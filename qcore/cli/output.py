@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -57,8 +57,15 @@ def percent(x: float) -> str:
 @contextlib.contextmanager
 def progress() -> Iterator[Report]:
     """Yield what steps report to: a bar on a terminal, else a plain line now and then; both on stderr."""
+    with progress_and_lines() as (report, _):
+        yield report
+
+
+@contextlib.contextmanager
+def progress_and_lines() -> Iterator[tuple[Report, Callable[[str], None]]]:
+    """Yield what steps report to, as `progress`, and a function that prints a line which stays, above the bars."""
     if not sys.stderr.isatty():
-        yield _plain()
+        yield _plain(), lambda text: print(text, file=sys.stderr, flush=True)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -68,7 +75,8 @@ def progress() -> Iterator[Report]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=console, transient=True) as bar:
         tasks = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -76,7 +84,7 @@ def progress() -> Iterator[Report]:
                 tasks[what] = bar.add_task(what, total=total or None)
             bar.update(tasks[what], completed=done, total=total or None)
 
-        yield report
+        yield report, console.print
 
 
 def _plain() -> Report:

@@ -43,7 +43,7 @@ class NpzFile:
             DataError: no such array, not integers, or not one per sample.
         """
         parts = [self._whole(shard, array) for shard in self.shards]
-        y = np.concatenate([p.reshape(len(p), -1) if p.ndim else p.reshape(1, -1) for p in parts])
+        y = np.concatenate([p.reshape(len(p), int(np.prod(p.shape[1:]))) if p.ndim else p.reshape(1, 1) for p in parts])
         if y.shape != (total, 1):
             raise DataError(f"labels {array!r} in {self.shards[0].name} have shape {y.shape}; allowed: ({total},)")
         if not np.issubdtype(y.dtype, np.integer):

@@ -11,7 +11,7 @@ from pydantic import Field
 from qcore.config import Config
 
 FEWEST_LABELS = 1000
-"""Of fewer labelled samples labels teach a model its samples and not its task: then the float model alone teaches."""
+"""Of fewer labelled samples labels teach a model its samples and not its task: then the teacher alone teaches."""
 
 
 class Augment(Config):
@@ -31,9 +31,11 @@ class TrainingStep(Config):
     from, and without `validation` one sample in ten of `train` judges. What is kept is the state with the smallest loss
     on the validation samples, the one before training included: training never makes that worse.
 
-    `teacher_weight` is the share of the float model's outputs in the loss, the rest is for labels; without it the
-    share is 0.5 where there are at least 1,000 labelled samples, else 1 (distillation). `temperature` softens both
-    sides' outputs. `features` names tensors that both models have and that should be equal, too.
+    `teacher` is the file of an ONNX model with the same inputs and outputs, its path relative to the current folder;
+    without one the model that the recipe began with teaches. `teacher_weight` is the share of its outputs in the loss,
+    the rest is for labels; without it the share is 0.5 where there are at least 1,000 labelled samples, else 1
+    (distillation). `temperature` softens both sides' outputs. `features` names tensors that both models have and that
+    should be equal, too.
 
     `epochs` over the samples, `batch` samples a step; `learning_rate` rises over the first `warmup` share of all steps
     and then follows `schedule`; `clip_norm` bounds the gradient, 0 does not; `ema` averages weights over steps, 0 does
@@ -51,6 +53,7 @@ class TrainingStep(Config):
     clip_norm: float = Field(default=1.0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     patience: int = Field(default=0, ge=0)
+    teacher: str | None = None
     teacher_weight: float | None = Field(default=None, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0)
     features: tuple[str, ...] = ()
@@ -80,7 +83,7 @@ class QatStep(TrainingStep):
     method: Literal["qat"] = "qat"
     learning_rate: float = Field(default=1e-3, gt=0)
     learn_scales: bool = True
-    scale_learning_rate: float = Field(default=1e-3, gt=0)
+    scale_learning_rate: float = Field(default=1e-4, gt=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

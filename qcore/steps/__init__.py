@@ -16,7 +16,11 @@ from qcore.steps.compression import compress as compress
 from qcore.steps.compression import decompose as decompose
 from qcore.steps.compression import prune as prune
 from qcore.steps.compression import quantize as quantize
+from qcore.steps.finetuning import Finetuning as Finetuning
+from qcore.steps.finetuning import finetune as finetune
+from qcore.steps.guard import OnEpoch as OnEpoch
 from qcore.steps.guard import Progress as Progress
+from qcore.steps.guard import is_first as is_first
 from qcore.steps.judgement import evaluate as evaluate
 from qcore.steps.judgement import gate as gate
 from qcore.steps.judgement import load_report as load_report

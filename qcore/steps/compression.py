@@ -1,14 +1,16 @@
 """Compression on files: a model in, the bytes of a smaller one and a summary out."""
 
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcore.canonical import Digest, Json
 from qcore.errors import ConfigError
 from qcore.steps.calibration import CALIBRATION_BINS, count_table
-from qcore.steps.guard import Progress, is_first, refuse_overwrite, silent
+from qcore.steps.guard import OnEpoch, Progress, is_first, refuse_overwrite, silent, unseen
+from qcore.steps.training import Training
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from qcore.recovery import Evidence
     from qcore.steps.training import School
     from qcore.target import TargetProfile
+
+logger = logging.getLogger(__name__)
 
 RECOVERY_BATCH = 8
 HELD_OUT = 4  # one batch in so many judges
@@ -68,6 +72,9 @@ class CompressionSummary:
                     "error": None if s.error_after is None else {"before": s.error_before, "after": s.error_after},
                     "epochs": [asdict(e) for e in s.epochs],
                     "layers": [asdict(la) for la in s.layers],
+                    "best": s.best,
+                    "samples": s.samples,
+                    "seconds": sum(e.seconds for e in s.epochs),
                     "changed": list(s.changed),
                     "skipped": [{"node": k.node, "op_type": k.op_type, "reason": k.reason} for k in s.skipped],
                 }
@@ -184,9 +191,13 @@ def compress(
     recipe: str = "int8",
     target: str = "host",
     split: str = "calibration",
+    device: str = "auto",
     progress: Progress = silent,
+    on_epoch: OnEpoch = unseen,
 ) -> CompressionSummary:
     """Return the summary of `out`: `model` after all steps of `recipe`, calibrated on `split` where one needs it.
+
+    Steps that train use `device` ("cpu", "cuda" or "auto"), and all processes that `torchrun` started.
 
     Raises:
         ConfigError: the recipe needs calibration data and there are none. Data that it does not need are not read.
@@ -196,6 +207,7 @@ def compress(
 
     loaded = load_recipe(recipe)
     refuse_overwrite(out, model, recipe, target, data=data)
+    progress = progress if is_first() else silent
     if not loaded.reads_calibration_data and not loaded.training_steps:
         return _compressed(model, out, loaded, target, None, progress)
     if data is None:
@@ -205,32 +217,43 @@ def compress(
             "without calibration (int8-dynamic, int8-weights, int4-weights, float16)"
         )
     if loaded.training_steps:
-        return _trained(model, out, loaded, target, (data, split), progress)
+        training = Training(data=data, split=split, device=device, progress=progress, on_epoch=on_epoch)
+        return trained(model, out, loaded, target, training)
     return _compressed(model, out, loaded, target, open_dataset(data, split), progress)
 
 
-def _trained(
-    model: Path, out: Path, recipe: "Recipe", target: str, source: tuple[Path, str], progress: Progress
-) -> CompressionSummary:
-    """Apply a recipe that trains; its state lies beside `out` until that is written."""
+def trained(model: Path, out: Path, recipe: "Recipe", target: str, training: Training) -> CompressionSummary:
+    """Return the summary of `out`: `model` after a recipe that trains; its state lies beside `out` until that is there.
+
+    Of several processes the first one speaks and writes.
+    """
     import tempfile
 
     from qcore.data.dataset import open_dataset
     from qcore.graph.io import parse_model, read_model_bytes
-    from qcore.steps.training import checkpoints, school_of, splits
+    from qcore.steps.training import checkpoint_of, parted, school_of, splits
 
-    raw, (data, split) = read_model_bytes(model), source
+    refuse_overwrite(out, model, target, *(s.teacher for s in recipe.training_steps if s.teacher), data=training.data)
+    if not is_first():
+        training = replace(training, progress=silent, on_epoch=unseen)
+    raw = read_model_bytes(model)
     parsed = parse_model(raw, str(model))
-    learn, judge = splits(data, split, recipe.training_steps[0])
+    learn, judge = splits(training.data, training.split, recipe.training_steps[0])
     # Who judges training must not have taught the steps before it either.
-    own = learn if judge.split == split else open_dataset(data, split)
+    own = learn if judge.split == training.split else open_dataset(training.data, training.split)
     dataset = own if recipe.reads_calibration_data else None
-    with tempfile.TemporaryDirectory(prefix="qcore-train-") as folder:
-        school = school_of(raw, data, split, out=out, folder=Path(folder), progress=progress)
-        evidence = None if dataset is None else gathered(parsed, dataset, recipe.needs_samples, progress)
-        summary = _written(raw, parsed, out, recipe, (target, evidence), progress, school=school)
-    for path in checkpoints(out):
-        path.unlink()
+    with tempfile.TemporaryDirectory(prefix="qcore-train-") as folder, parted():
+        school = school_of(raw, training, out=out, folder=Path(folder))
+        evidence = None if dataset is None else gathered(parsed, dataset, recipe.needs_samples, training.progress)
+        summary = _written(raw, parsed, out, recipe, (target, evidence), training.progress, school=school)
+    if is_first():
+        for position in range(len(recipe.steps)):
+            checkpoint_of(out, position).unlink(missing_ok=True)
+    for s in summary.steps:
+        if s.epochs:
+            seconds, epochs = sum(e.seconds for e in s.epochs), len(s.epochs) - 1
+            logger.info("%s: %d samples x %d epochs in %.1f s", s.method, s.samples, epochs, seconds)
+            logger.info("%s: validation loss %.4g -> %.4g", s.method, s.error_before, s.error_after)
     return summary
 
 

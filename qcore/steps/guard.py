@@ -3,16 +3,29 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qcore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qcore.methods.finetune import Epoch
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and of how many; 0 where nobody can know."""
 
 
+OnEpoch = Callable[["Epoch"], None]
+"""Called with every epoch of training, the state before it included."""
+
+
 def silent(what: str, done: int, total: int) -> None:
     """Report progress to nobody."""
     del what, done, total
+
+
+def unseen(epoch: "Epoch") -> None:
+    """Report an epoch to nobody."""
+    del epoch
 
 
 def is_first() -> bool:

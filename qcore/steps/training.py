@@ -1,13 +1,14 @@
 """What training steps of a recipe learn from: splits of a data card, opened for reading in any order."""
 
-from collections.abc import Callable
-from dataclasses import replace
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcore.errors import ConfigError, DataError
-from qcore.steps.guard import Progress
+from qcore.steps.guard import OnEpoch, Progress, silent, unseen
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,27 +25,51 @@ JUDGES = 10  # without a validation split one sample in so many judges
 _CHECKPOINT = "checkpoint"
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """Return the files in which runs that were to write `out` keep their state."""
-    return sorted(out.parent.glob(f"{out.name}.*.{_CHECKPOINT}"))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """What training needs besides a recipe: the data card, the split that is learnt from where the card has no split of
+    the step's `train`, the device ("cpu", "cuda" or "auto"), and who is told.
+    """  # noqa: D205
+
+    data: Path
+    split: str
+    device: str = "auto"
+    progress: Progress = silent
+    on_epoch: OnEpoch = unseen
 
 
-def school_of(raw: bytes, data: Path, split: str, *, out: Path, folder: Path, progress: Progress) -> School:
-    """Return what gives each training step of a recipe its samples.
+@contextlib.contextmanager
+def parted() -> Iterator[None]:
+    """Let this process part from the others that trained with it when the block ends, however it ends."""
+    try:
+        yield
+    finally:
+        if find_spec("torch") is not None:
+            from qcore.training.processes import leave
+
+            leave()
+
+
+def checkpoint_of(out: Path, position: int) -> Path:
+    """Return the file in which the training step at `position` of a recipe that writes `out` keeps its state."""
+    return out.with_name(f"{out.name}.{position}.{_CHECKPOINT}")
+
+
+def school_of(raw: bytes, training: Training, *, out: Path, folder: Path) -> School:
+    """Return what gives each training step of a recipe its samples and its teacher.
 
     Args:
         raw: the model.
-        data: the data card.
-        split: learnt from where the card has no split of the step's `train`.
+        training: from what.
         out: the state of a run is kept beside it.
         folder: for what samples are unpacked to.
-        progress: told of steps done.
 
     Raises:
         ConfigError: torch is not installed.
     """
-    from qcore.canonical import sha256_bytes, sha256_json
+    from qcore.canonical import sha256_json
     from qcore.data.samples import open_samples
+    from qcore.graph.io import load_model
     from qcore.trials import source_sha256
 
     if find_spec("torch") is None:
@@ -54,7 +79,7 @@ def school_of(raw: bytes, data: Path, split: str, *, out: Path, folder: Path, pr
     def school(step: "TRAINING", position: int) -> "Schooling":
         from qcore.training.finetune import Schooling
 
-        learn, judge = splits(data, split, step)
+        learn, judge = splits(training.data, training.split, step)
         places = [folder / f"{position}-{what}" for what in ("learn", "judge")]
         for place in places:
             place.mkdir()
@@ -63,9 +88,12 @@ def school_of(raw: bytes, data: Path, split: str, *, out: Path, folder: Path, pr
             judge=open_samples(judge, places[1]),
             feed=feed,
             folder=places[0],
-            checkpoint=out.with_name(f"{out.name}.{position}.{_CHECKPOINT}"),
-            key=sha256_json([sha256_bytes(raw), learn.sha256, judge.sha256, position, source_sha256()]),
-            told=progress,
+            teacher=None if step.teacher is None else load_model(Path(step.teacher)),
+            checkpoint=checkpoint_of(out, position),
+            key=sha256_json([learn.sha256, judge.sha256, source_sha256()]),
+            device=training.device,
+            told=lambda what, done, total: training.progress(f"{step.method}: {what}", done, total),
+            on_epoch=training.on_epoch,
         )
 
     return school
@@ -81,8 +109,9 @@ def splits(data: Path, split: str, step: "TRAINING") -> "tuple[Dataset, Dataset]
     from qcore.data.dataset import open_dataset, shared_samples
 
     known = load_card(data)[0].splits
-    learn = open_dataset(data, step.train if step.train in known else split)
-    if step.validation in known:
+    named = step.model_fields_set
+    learn = open_dataset(data, step.train if step.train in known or "train" in named else split)
+    if step.validation in known or "validation" in named:
         judge = open_dataset(data, step.validation)
         if shared := shared_samples(learn, judge):
             raise DataError(

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from qcore.canonical import Digest
+from qcore.canonical import Digest, Json
 from qcore.errors import ModelError
 from qcore.files import sha256_file
 
@@ -42,3 +42,15 @@ def text_file(text: str, name: str) -> Iterator[Path | None]:
         path = Path(folder) / name
         path.write_text(text, encoding="utf-8")
         yield path
+
+
+def training_facts(summary: Json) -> dict[str, float]:
+    """Return the numbers of the last step that trained, from the JSON form of a compression's summary."""
+    step = next((s for s in reversed(summary["steps"]) if s["epochs"]), None)
+    if step is None:
+        return {}
+    first, best = step["epochs"][0], step["epochs"][step["best"]]
+    facts = {"validation_loss_before": first["validation"], "validation_loss_after": best["validation"]}
+    if best["accuracy"] is not None:
+        facts |= {"validation_accuracy_before": first["accuracy"], "validation_accuracy_after": best["accuracy"]}
+    return {**facts, "training_samples": step["samples"], "training_seconds": step["seconds"]}

@@ -1,8 +1,8 @@
 """What a step calls to be seen: `with Tracker("quantize") as t: ... t.metrics({...})`.
 
-It only writes the journal; on leaving, the journal is sent to the server once, if there is one over http. Nothing that
-goes wrong here reaches the step. The environment decides where to, because Kubeflow Pipelines hands it over that way
-(and keeps it out of the cache key):
+It only writes the journal; on leaving, the journal is sent to the server once, if there is one over http; while a model
+is trained, now and then before that. Nothing that goes wrong here reaches the step. The environment decides where to,
+because Kubeflow Pipelines hands it over that way (and keeps it out of the cache key):
 
 * `MLFLOW_TRACKING_URI`: the server. A database URI is left to the process that runs the pipeline (`replay.py`).
 * `MLFLOW_RUN_ID`: the run that Kubeflow Pipelines made for this task; else `QCORE_RUN_KEY` names the parent run in the
@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import qcore
 from qcore.errors import QcoreError
@@ -38,8 +38,11 @@ from qcore.tracking.journal import (
     now_ms,
 )
 from qcore.tracking.replay import is_http, replay_journal
-from qcore.tracking.rest import RestSink
+from qcore.tracking.rest import BUDGET_S, RestSink
 from qcore.tracking.sink import NOTE_TAG
+
+if TYPE_CHECKING:
+    from qcore.methods.finetune import Epoch
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,9 @@ MAX_TAG = 8000
 """Characters that MLflow keeps of a parameter and of a tag; a longer value would be cut without a word."""
 
 PROGRESS_EVERY_S = 0.25
+LIVE_EVERY_S = 5.0
+LIVE_BUDGET_S = 2.0
+"""What one sending before the end may take; after the first that fails there is none until the end."""
 
 _ILLEGAL = re.compile(r"[^\w\-./ :]")
 
@@ -90,6 +96,7 @@ class Tracker:
             adopted_run=self._env.get("MLFLOW_RUN_ID") or None,
         )
         self._next_progress = 0.0
+        self._next_live = 0.0
 
     def __enter__(self) -> Self:
         """Write the first line."""
@@ -106,7 +113,15 @@ class Tracker:
         if said is not None:
             self.tags({"qcore.error": f"{said[0]}: {said[1]}"})
         self._write(End(status=status, time_ms=now_ms(), error=said))
-        self._send()
+        try:
+            self._send(BUDGET_S)
+        except (TrackingError, OSError) as e:
+            kept = (
+                f"`qcore mlflow replay --journal {self.journal.path.parent} --uri URI`"
+                if self.journal.path
+                else "QCORE_JOURNAL_DIR"
+            )
+            logger.warning("not tracked: %s (to have it later: %s)", one_line(e), kept)
 
     def params(self, values: Mapping[str, object], *, on: Scope = "task") -> None:
         """Track parameters; a value is cut at what MLflow keeps."""
@@ -130,6 +145,19 @@ class Tracker:
             for key, value in finite.items():
                 kfp.log_metric(key, value)
         self._write(Metrics(values=finite, step=step, time_ms=now_ms(), on=on, in_kfp=kfp is not None))
+
+    def epoch(self, epoch: "Epoch") -> None:
+        """Track how an epoch of training went, and send it soon; fits the `on_epoch` argument of steps that train."""
+        values = {"loss": epoch.loss, "validation_loss": epoch.validation, "validation_accuracy": epoch.accuracy}
+        self.metrics({name: value for name, value in values.items() if value is not None}, step=epoch.number)
+        if time.monotonic() < self._next_live:
+            return
+        try:
+            self._send(LIVE_BUDGET_S)
+            self._next_live = time.monotonic() + LIVE_EVERY_S
+        except (TrackingError, OSError) as e:
+            logger.debug("not tracked yet: %s", one_line(e))
+            self._next_live = math.inf
 
     def tags(self, values: Mapping[str, object], *, on: Scope = "task") -> None:
         """Track tags; a value is cut at what MLflow keeps."""
@@ -169,19 +197,10 @@ class Tracker:
             logger.warning("journal %s: %s; tracking goes on without it", self.journal.path, e)
             self.journal.path = None
 
-    def _send(self) -> None:
+    def _send(self, budget_s: float) -> None:
         uri = self._env.get("MLFLOW_TRACKING_URI", "")
-        if not is_http(uri) or not (self._start.adopted_run or self._start.run_key):
-            return
-        try:
-            replay_journal(self.journal, RestSink(uri, self._env))
-        except (TrackingError, OSError) as e:
-            kept = (
-                f"`qcore mlflow replay --journal {self.journal.path.parent} --uri URI`"
-                if self.journal.path
-                else "QCORE_JOURNAL_DIR"
-            )
-            logger.warning("not tracked: %s (to have it later: %s)", one_line(e), kept)
+        if is_http(uri) and (self._start.adopted_run or self._start.run_key):
+            replay_journal(self.journal, RestSink(uri, self._env, budget_s=budget_s))
 
 
 def one_line(error: BaseException) -> str:

@@ -1,7 +1,8 @@
-"""What training reads: batches of shuffled, augmented samples, with what the float model says of them.
+"""What training reads: batches of shuffled, augmented samples, with what the teacher says of them.
 
 The order of an epoch and every random move follow from seed, epoch and step alone, so a run that is taken up again,
-or shared by several processes, sees the same samples.
+or shared by several processes, sees the same samples. Of samples that never change the teacher is asked once, in their
+order: what it says then does not depend on where a run was taken up.
 """
 
 import math
@@ -27,7 +28,8 @@ _MOST_KEPT = 1 << 32  # bytes of teacher outputs that are kept on disk
 class Lesson:
     """One step's samples: named inputs, labels or None, the teacher's outputs, and the share of the whole batch.
 
-    With several processes each gets its part of the batch; `share` is how much of the batch's mean it stands for.
+    With several processes each gets its part of the batch; `share` is how much of the batch's mean it stands for. A
+    process for which no sample is left gets one that does not count: `share` 0.
     """
 
     x: Arrays
@@ -41,7 +43,7 @@ class Course:
     """A split to learn from or to judge by.
 
     `teach` is None where no teacher is needed. `layout` is that of the model's inputs. `rank` and `world` say which
-    part of every batch this process takes.
+    part of every batch this process takes. `kept` holds what the teacher said, see `ask_teacher`.
     """
 
     samples: Samples
@@ -95,16 +97,13 @@ def _lesson(course: Course, order: NDArray[np.int64], step: int, epoch: int | No
     """Return this process's part of batch `step`; with `epoch` None nothing is moved at random."""
     whole = order[step * course.batch : (step + 1) * course.batch]
     start, stop = (len(whole) * r // course.world for r in (course.rank, course.rank + 1))
-    x, y = course.feed(course.samples, whole[start:stop])
+    share = (stop - start) * course.world / len(whole)
+    part = slice(start, stop) if stop > start else slice(0, 1)
+    x, y = course.feed(course.samples, whole[part])
     if epoch is not None and not course.plain:
         moves = drawn(course.augment, len(whole), np.random.default_rng([course.seed, epoch, step]))
-        x = {k: augmented(v, moves[start:stop], course.layout, course.augment.pad_crop) for k, v in x.items()}
-    return Lesson(
-        x=x,
-        y=y,
-        teacher=_taught(course, whole[start:stop], x, keep=epoch is None or course.plain),
-        share=(stop - start) * course.world / len(whole),
-    )
+        x = {k: augmented(v, moves[part], course.layout, course.augment.pad_crop) for k, v in x.items()}
+    return Lesson(x=x, y=y, teacher=_taught(course, whole[part], x), share=share)
 
 
 def drawn(augment: Augment, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -139,23 +138,33 @@ def augmented(x: NDArray[np.generic], moves: NDArray[np.int64], layout: str, pad
     return out
 
 
-def _taught(course: Course, places: NDArray[np.int64], x: Arrays, *, keep: bool) -> Arrays:
-    """Return the teacher's outputs, which are made once per sample where the sample does not change."""
+def ask_teacher(course: Course, told: Callable[[int, int], None]) -> None:
+    """Keep what the teacher says of every sample, in files, where samples do not change and the files are not large.
+
+    Args:
+        course: gets `kept`.
+        told: the number of samples done, and of how many.
+    """
+    n = course.samples.n
+    if course.teach is None or not course.plain:
+        return
+    for start in range(0, n, course.batch):
+        places = np.arange(start, min(start + course.batch, n))
+        made = course.teach(course.feed(course.samples, places)[0])
+        if start == 0:
+            if any(v.ndim == 0 or len(v) != len(places) for v in made.values()):
+                return
+            if sum(v[0].nbytes for v in made.values()) * n > _MOST_KEPT:
+                return
+            for k, (name, v) in enumerate(made.items()):
+                file = course.folder / f"teacher-{k}.raw"
+                course.kept[name] = np.memmap(file, v.dtype, "w+", shape=(n, *v.shape[1:]))
+        for name, v in made.items():
+            course.kept[name][places] = v
+        told(int(places[-1]) + 1, n)
+
+
+def _taught(course: Course, places: NDArray[np.int64], x: Arrays) -> Arrays:
     if course.teach is None:
         return {}
-    if not keep:
-        return course.teach(x)
-    kept = course.kept
-    if "" in kept and bool(kept[""][places].all()):
-        return {k: np.asarray(v[places]) for k, v in kept.items() if k}
-    made = course.teach(x)
-    if "" not in kept and sum(v[0].nbytes for v in made.values()) * course.samples.n <= _MOST_KEPT:
-        kept[""] = np.zeros(course.samples.n, np.bool_)
-        for k, (name, v) in enumerate(made.items()):
-            file = course.folder / f"teacher-{id(course)}-{k}.raw"
-            kept[name] = np.memmap(file, v.dtype, "w+", shape=(course.samples.n, *v.shape[1:]))
-    if "" in kept:
-        for name, v in made.items():
-            kept[name][places] = v
-        kept[""][places] = True
-    return made
+    return {name: np.asarray(v[places]) for name, v in course.kept.items()} or course.teach(x)

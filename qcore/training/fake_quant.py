@@ -72,16 +72,19 @@ class FakeWeights(torch.nn.Module):
         self._scales, self._name, self._q = scales, quantizer.scale, quantizer.q
         scale = quantizer.q.scale.reshape(-1)
         zero = np.broadcast_to(quantizer.q.zero_point.reshape(-1), scale.shape)
+        # torch wants 0 among the levels, which it is not where the few levels of few bits lie around 128.
+        shift = int(zero[0]) if (zero == zero[0]).all() else 0
+        zero, self._low, self._high = zero - shift, quantizer.q.qmin - shift, quantizer.q.qmax - shift
         self.register_buffer("grid", torch.as_tensor(np.array(scale, np.float32)))
         self.register_buffer("zero", torch.as_tensor(np.array(zero, np.int32)))
 
     def forward(self, w: torch.Tensor) -> torch.Tensor:
         """Return the weights as their integers and the scale give them, shape of `w`."""
-        q = self._q
-        if q.axis is None:
-            rounded = torch.fake_quantize_per_tensor_affine(w, self.grid, self.zero, q.qmin, q.qmax)
+        low, high, axis = self._low, self._high, self._q.axis
+        if axis is None:
+            rounded = torch.fake_quantize_per_tensor_affine(w, self.grid, self.zero, low, high)
         else:
-            rounded = torch.fake_quantize_per_channel_affine(w, self.grid, self.zero, q.axis % w.dim(), q.qmin, q.qmax)
+            rounded = torch.fake_quantize_per_channel_affine(w, self.grid, self.zero, axis % w.dim(), low, high)
         return self.moved(rounded)
 
     def moved(self, w: torch.Tensor) -> torch.Tensor:

@@ -14,44 +14,49 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from qcore.canonical import Digest, sha256_json
-from qcore.data.dataset import layouts
+from qcore.canonical import Digest, sha256_bytes, sha256_json
+from qcore.data.dataset import Dataset, layouts
 from qcore.data.samples import Samples
 from qcore.errors import ModelError
+from qcore.graph.edit import editable_copy
 from qcore.graph.fake_quant import FakeQuantized, fake_quantized, with_trained
 from qcore.graph.grid import LAYERS
+from qcore.graph.io import serialize_model
 from qcore.graph.rewrite import Rewrite
 from qcore.graph.traverse import constant_array, int_attribute, node_name
 from qcore.methods.finetune import FEWEST_LABELS, Augment, Epoch, FinetuneStep, QatStep, TrainingStep
 from qcore.placement import channel_axis
-from qcore.runtime.nodewise import expose
 from qcore.target import TargetProfile
-from qcore.training.course import Course, Feed
+from qcore.training.course import Course, Feed, Teach
 from qcore.training.executor import Executor, ExecutorOptions, build_executor
 from qcore.training.fake_quant import quantizers_of
 from qcore.training.kept import kept_structure
 from qcore.training.loop import Assignment, Journey, Trained, train
 from qcore.training.objective import Objective, is_distribution
 from qcore.training.processes import Processes, join
+from qcore.training.teacher import teach_of
 from qcore.training.weights import trainable_names, with_values
 
 Array = NDArray[Any]
 _SMALLEST_SIZE = 1e-4  # of what a tensor of zeros, a bias perhaps, may learn in
+_LOOKED_AT = 64  # samples that show what the teacher makes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schooling:
     """What training reads and where it keeps its state.
 
-    `learn` and `judge` are samples, `feed` turns them into inputs of the model. `folder` exists and may be written to;
-    `checkpoint` is the file that a killed run goes on from, None: none. `key` is the digest of model and data. `device`
-    is "cpu", "cuda" or "auto".
+    `learn` and `judge` are samples, `feed` turns them into inputs of the model. `folder` exists and may be written to.
+    `teacher` teaches in place of the float model that the recipe began with; None: that does. `checkpoint` is the file
+    that a killed run goes on from; None: no file. `key` is the digest of data and code. `device` is "cpu", "cuda" or
+    "auto". `told` gets what is done, how much of it, and of how much; `on_epoch` gets every epoch.
     """
 
     learn: Samples
     judge: Samples
     feed: Feed
     folder: Path
+    teacher: ir.Model | None = None
     checkpoint: Path | None = None
     key: Digest = ""
     device: str = "auto"
@@ -61,7 +66,10 @@ class Schooling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lessons:
-    """A trained model, which tensors changed, and how the epochs went; `best` is the number of the one kept."""
+    """A trained model, which tensors changed, and how the epochs went; `best` is the number of the one kept.
+
+    `samples` were learnt from, in every epoch.
+    """
 
     rewrite: Rewrite
     epochs: tuple[Epoch, ...]
@@ -69,25 +77,35 @@ class Lessons:
     samples: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Class:
+    """Who learns what from whom: `start` is the model as it is, `teacher` who teaches, `key` the digest of both."""
+
+    start: ir.Model
+    teacher: ir.Model
+    key: Digest
+
+
 def finetune(model: ir.Model, original: ir.Model, step: FinetuneStep, schooling: Schooling) -> Lessons:
     """Return the float `model` with its weights trained.
 
     Args:
         model: float; not changed.
-        original: the teacher, where one is asked for.
+        original: the teacher, unless `schooling` has another.
         step: how.
         schooling: from what.
 
     Raises:
-        ModelError: the model has parts that cannot be trained, or training diverged.
+        ModelError: the model has parts that cannot be trained, training diverged, or the teacher does not fit.
     """
     names = trainable_names(model)
     if not names:
         raise ModelError("the model has no float weights to train; train before it is quantized")
-    kept = _kept(model, names, step)
+    constants = editable_copy(model).graph.initializers
+    kept = _kept({n: constant_array(constants.get(n)) for n in names}, step)
     student = build_executor(model, ExecutorOptions(trainable=names, transforms=kept, intermediates=step.features))
     groups = [{"params": _parameters(student, names), "lr": step.learning_rate}]
-    trained = _trained(student, groups, (model, original), step, schooling)
+    trained = _trained(student, groups, _class(model, (model,), schooling.teacher or original), step, schooling)
     if trained.best == 0:
         return _lessons(Rewrite(model=model), trained, schooling)
     student.load_state_dict(trained.state)
@@ -106,7 +124,8 @@ def quantization_aware(
 
     Args:
         quantized: not changed.
-        models: the float model that it was made from, and the teacher.
+        models: the float model that it was made from, whose zeros and shared values are kept, and the teacher, unless
+            `schooling` has another.
         step: how.
         formats: the target, and the bits of weights where the recipe says so.
         schooling: from what.
@@ -115,12 +134,13 @@ def quantization_aware(
         ModelError: as `finetune`.
     """
     target, bits = formats
-    fake = _opened(quantized, models[0], target, bits)
+    floats = _layer_weights(models[0])
+    fake = _opened(quantized, floats, target, bits)
     if not fake.layers:
         raise ModelError("no quantized layer can be trained: " + (fake.skipped[0].reason if fake.skipped else "none"))
     scales, weights, rounded = quantizers_of(fake, learn=step.learn_scales, power_of_two=target.power_of_two_scales)
     names = tuple(n for n in trainable_names(fake.model) if not n.endswith("_scale"))
-    kept = _kept(fake.model, [la.weight.value for la in fake.layers], step)
+    kept = _kept({la.weight.value: floats[la.node] for la in fake.layers}, step)
     transforms = rounded | {n: torch.nn.Sequential(*([kept[n]] if n in kept else []), q) for n, q in weights.items()}
     options = ExecutorOptions(trainable=names, transforms=transforms, intermediates=step.features)
     student = build_executor(fake.model, options)
@@ -128,7 +148,8 @@ def quantization_aware(
     if step.learn_scales:
         moving = [p for p in scales.parameters() if p.requires_grad]
         groups.append({"params": moving, "lr": step.scale_learning_rate, "weight_decay": 0.0})
-    trained = _trained(student, groups, (quantized, models[1]), step, schooling)
+    known = _class(quantized, (quantized, models[0]), schooling.teacher or models[1])
+    trained = _trained(student, groups, known, step, schooling)
     rewrite = Rewrite(model=quantized, skipped=fake.skipped)
     if trained.best == 0:
         return _lessons(rewrite, trained, schooling)
@@ -136,20 +157,29 @@ def quantization_aware(
     with torch.no_grad():
         found = {k: weights[k].moved(v) if k in weights else v for k, v in _effective(student, names, kept).items()}
     values = {k: v.detach().cpu().numpy() for k, v in found.items()}
-    learnt = {**values, **(scales.arrays if step.learn_scales else {})}
     rewrite = replace(
-        rewrite, model=with_trained(quantized, fake, learnt), changed=tuple(la.node for la in fake.layers)
+        rewrite,
+        model=with_trained(quantized, fake, {**values, **scales.arrays}),
+        changed=tuple(la.node for la in fake.layers),
     )
     return _lessons(rewrite, trained, schooling)
 
 
-def _opened(quantized: ir.Model, reference: ir.Model, target: TargetProfile, bits: int | None) -> FakeQuantized:
-    floats = {
+def _class(start: ir.Model, made_from: tuple[ir.Model, ...], teacher: ir.Model) -> _Class:
+    key = sha256_json([sha256_bytes(serialize_model(m)) for m in (*made_from, teacher)])
+    return _Class(start=start, teacher=teacher, key=key)
+
+
+def _layer_weights(model: ir.Model) -> dict[str, Array]:
+    """Return the weights of layers by node name."""
+    return {
         node_name(n): array
-        for n in reference.graph
+        for n in model.graph
         if n.op_type in LAYERS and (array := constant_array(n.inputs[1])) is not None
     }
 
+
+def _opened(quantized: ir.Model, floats: Mapping[str, Array], target: TargetProfile, bits: int | None) -> FakeQuantized:
     def scheme(node: ir.Node) -> Any:
         array = floats[node_name(node)]
         depthwise = node.op_type == "Conv" and int_attribute(node, "group", 1) > 1 and array.shape[1] == 1
@@ -158,12 +188,10 @@ def _opened(quantized: ir.Model, reference: ir.Model, target: TargetProfile, bit
     return fake_quantized(quantized, floats, scheme, (*target.same_scale, *target.one_scale))
 
 
-def _kept(model: ir.Model, names: Any, step: TrainingStep) -> dict[str, torch.nn.Module]:
-    """Return what keeps the structure of the weights `names` that have one."""
+def _kept(weights: Mapping[str, Array | None], step: TrainingStep) -> dict[str, torch.nn.Module]:
+    """Return what keeps the structure of those `weights` that have one, by name."""
     kept = {}
-    for name in names:
-        value = model.graph.initializers.get(name)
-        array = constant_array(value)
+    for name, array in weights.items():
         if array is None or array.ndim < 2:
             continue
         modules = kept_structure(array, zeros=step.keep_zeros, clusters=step.keep_clusters)
@@ -189,74 +217,40 @@ def _effective(student: Executor, names: Any, kept: Mapping[str, torch.nn.Module
 
 
 def _trained(
-    student: Executor,
-    groups: list[dict[str, Any]],
-    models: tuple[ir.Model, ir.Model],
-    step: TrainingStep,
-    schooling: Schooling,
+    student: Executor, groups: list[dict[str, Any]], known: _Class, step: TrainingStep, schooling: Schooling
 ) -> Trained:
+    teach = teach_of(known.teacher, known.start, step.features)
+    objective = _objective(teach, str(known.start.graph.outputs[0].name), step, schooling)
     processes = join(schooling.device)
-    objective = _objective(models[1], step, schooling)
     task = Assignment(
-        learn=_course(models[1], objective, step, (schooling, schooling.learn), processes),
-        judge=_course(
-            models[1],
-            objective,
-            step.model_copy(update={"augment": Augment()}),
-            (schooling, schooling.judge),
-            processes,
+        learn=_course(teach if objective.needs_teacher else None, step, schooling, processes),
+        judge=replace(
+            _course(teach if objective.needs_teacher else None, step, schooling, processes),
+            samples=schooling.judge,
+            augment=Augment(),
+            folder=schooling.folder / "judge",
+            kept={},
         ),
         objective=objective,
         step=step,
         processes=processes,
         journey=Journey(
             checkpoint=schooling.checkpoint,
-            key=sha256_json([schooling.key, step.sha256, processes.world]),
+            key=sha256_json([schooling.key, known.key, step.sha256, processes.world]),
             told=schooling.told,
             on_epoch=schooling.on_epoch,
         ),
     )
+    task.judge.folder.mkdir(exist_ok=True)
     return train(student, groups, task)
 
 
-def _objective(teacher: ir.Model, step: TrainingStep, schooling: Schooling) -> Objective:
-    """Return what is made small, after a look at what the teacher says of one sample."""
-    data = schooling.learn.data
-    labelled = data.labels is not None
-    share = step.teacher_weight
-    if share is None:
-        share = 0.5 if labelled and data.n >= FEWEST_LABELS else 1.0
-    if share < 1 and not labelled:
-        raise ModelError(
-            f"teacher_weight is {share}, but split {data.split!r} of {data.card.name} has no labels; allowed: 1 or "
-            "leave it out"
-        )
-    x, _ = schooling.feed(schooling.judge, np.arange(min(8, schooling.judge.n)))
-    first = str(teacher.graph.outputs[0].name)
-    made = torch.from_numpy(np.asarray(expose(teacher, [])(x)[first], np.float32))
-    classes = data.card.task == "classification" and made.dim() > 1 and made.numel() > len(made)
-    return Objective(
-        output=first if classes else None,
-        distribution=classes and is_distribution(made.reshape(len(made), -1)),
-        teacher_weight=share,
-        temperature=step.temperature,
-        features=step.features,
-    )
-
-
-def _course(
-    teacher: ir.Model,
-    objective: Objective,
-    step: TrainingStep,
-    source: tuple[Schooling, Samples],
-    processes: Processes,
-) -> Course:
-    schooling, samples = source
+def _course(teach: Teach | None, step: TrainingStep, schooling: Schooling, processes: Processes) -> Course:
     return Course(
-        samples=samples,
+        samples=schooling.learn,
         feed=schooling.feed,
-        teach=expose(teacher, step.features) if objective.needs_teacher else None,
-        layout=layouts(samples.data)[1],
+        teach=teach,
+        layout=layouts(schooling.learn.data)[1],
         augment=step.augment,
         batch=step.batch,
         seed=step.seed,
@@ -264,6 +258,48 @@ def _course(
         rank=processes.rank,
         world=processes.world,
     )
+
+
+def _objective(teach: Teach, output: str, step: TrainingStep, schooling: Schooling) -> Objective:
+    """Return what is made small, after a look at what the teacher says of some samples."""
+    data = schooling.learn.data
+    x, _ = schooling.feed(schooling.judge, np.arange(min(_LOOKED_AT, schooling.judge.n)))
+    made = teach(x)
+    first = torch.from_numpy(np.asarray(made[output], np.float32))
+    classes = data.card.task == "classification" and first.dim() > 1 and first.numel() > len(first)
+    share = _teachers_share(step, schooling, classes)
+    if share < 1:
+        _refuse_other_labels(data, first.numel() // len(first))
+    return Objective(
+        output=output if classes else None,
+        distribution=classes and is_distribution(first.reshape(len(first), -1)),
+        teacher_weight=share,
+        temperature=step.temperature,
+        features=step.features,
+        power={name: float(np.mean(np.square(v, dtype=np.float64))) for name, v in made.items()},
+    )
+
+
+def _teachers_share(step: TrainingStep, schooling: Schooling, classes: bool) -> float:
+    """Return the teacher's part of the loss; the rest is for labels."""
+    data, share = schooling.learn.data, step.teacher_weight
+    why = f"split {data.split!r} of {data.card.name} has no labels" if data.labels is None else None
+    if why is None and not classes:
+        why = "the model's first output names no classes, so labels cannot teach it"
+    if share is None:
+        return 0.5 if why is None and data.n >= FEWEST_LABELS else 1.0
+    if share < 1 and why is not None:
+        raise ModelError(f"teacher_weight is {share}, but {why}; allowed: 1, or leave it out")
+    return share
+
+
+def _refuse_other_labels(data: Dataset, classes: int) -> None:
+    wrong = next((y for y in data.labels or () if not 0 <= y < classes), None)
+    if wrong is not None:
+        raise ModelError(
+            f"split {data.split!r} of {data.card.name} has class {wrong}, the model tells {classes} classes apart; "
+            f"allowed: 0 to {classes - 1}; correct the labels, or set teacher_weight: 1"
+        )
 
 
 def _lessons(rewrite: Rewrite, trained: Trained, schooling: Schooling) -> Lessons:

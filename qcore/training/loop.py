@@ -7,7 +7,7 @@ all that the rest depends on is written down; a run that was killed goes on ther
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from qcore.canonical import Digest
 from qcore.errors import ModelError
 from qcore.methods.finetune import Epoch, TrainingStep
 from qcore.training.checkpoint import State, load_checkpoint, save_checkpoint
-from qcore.training.course import Arrays, Course, Lesson, exam, lessons
+from qcore.training.course import Arrays, Course, Lesson, ask_teacher, exam, lessons
 from qcore.training.executor import Executor
 from qcore.training.objective import Objective, loss_of
-from qcore.training.processes import Processes, add_gradients, add_up
+from qcore.training.processes import Processes, add_gradients, add_up, of_first
 
 Told = Callable[[str, int, int], None]
 AfterGradient = Callable[[int, int], None]
@@ -88,26 +88,44 @@ def train(student: Executor, groups: list[dict[str, Any]], task: Assignment) -> 
         task: all the rest.
 
     Raises:
-        ModelError: the loss is NaN or infinite.
+        ModelError: a loss is NaN or infinite.
     """
     torch.set_flush_denormal(True)  # momenta of dead weights would cost half the time of a step
     step, journey = task.step, task.journey
     rates = [g["lr"] for g in groups]
+    student.to(task.processes.device)
     run = _Run(task=task, student=student, optimizer=_optimizer(step, groups), average={}, rates=rates)
-    saved = None if journey.checkpoint is None else load_checkpoint(journey.checkpoint, journey.key)
+    saved = _found(task)
+    if saved is not None:
+        _resume(run, saved)
+    if _goes_on(run):
+        ask_teacher(task.judge, lambda done, n: journey.told("asking the teacher, validation", done, n))
+        ask_teacher(task.learn, lambda done, n: journey.told("asking the teacher", done, n))
     if saved is None:
         _judge(run, None, time.monotonic())
         run.state = _copied(student)
-    else:
-        _resume(run, saved)
     for epoch in run.epochs:
         journey.on_epoch(epoch)
-    while len(run.epochs) <= step.epochs and not _patient_no_more(run):
+    while _goes_on(run):
         _epoch(run)
         journey.on_epoch(run.epochs[-1])
         if journey.checkpoint is not None and task.processes.rank == 0:
             save_checkpoint(journey.checkpoint, journey.key, _saved(run))
     return Trained(state=run.state, epochs=tuple(run.epochs), best=run.best)
+
+
+def _found(task: Assignment) -> State | None:
+    """Return the state that a killed run left; the first process reads it for all."""
+    path, saved = task.journey.checkpoint, None
+    if path is not None and task.processes.rank == 0:
+        saved = load_checkpoint(path, task.journey.key)
+    return of_first(saved, task.processes)
+
+
+def _goes_on(run: _Run) -> bool:
+    step = run.task.step
+    patient = not step.patience or len(run.epochs) - 1 - run.best < step.patience
+    return len(run.epochs) <= step.epochs and patient
 
 
 def _optimizer(step: TrainingStep, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -156,8 +174,7 @@ def _epoch(run: _Run) -> None:
         losses += loss.detach()
         task.journey.told("training", done + 1, total)
     mean = float(add_up(losses, task.processes)) / task.learn.steps / task.processes.world
-    if not math.isfinite(mean):
-        raise ModelError(f"the loss is {mean} in epoch {number}; nothing was written; lower learning_rate")
+    _refuse_diverged(run, "loss", mean, number)
     last = _swapped(run)
     _judge(run, mean, started)
     if run.epochs[-1].validation < run.epochs[run.best].validation:
@@ -187,12 +204,13 @@ def _judge(run: _Run, loss: float | None, started: float) -> None:
     with torch.no_grad():
         for lesson in exam(task.judge):
             n = len(next(iter(lesson.x.values())))
-            if n == 0:
+            if not lesson.share:
                 continue
             made, y = run.student(_moved(lesson.x, device)), _labels(lesson, device)
             mean = float(loss_of(task.objective, made, _moved(lesson.teacher, device), y))
             sums += torch.tensor([n * mean, _right(made, y, task.objective), n], dtype=torch.float64, device=device)
     total, right, count = (float(v) for v in add_up(sums, task.processes))
+    _refuse_diverged(run, "validation loss", total / count, len(run.epochs))
     labelled = task.judge.samples.data.labels is not None and task.objective.output is not None
     run.epochs.append(
         Epoch(
@@ -203,6 +221,18 @@ def _judge(run: _Run, loss: float | None, started: float) -> None:
             seconds=time.monotonic() - started,
         )
     )
+
+
+def _refuse_diverged(run: _Run, what: str, loss: float, epoch: int) -> None:
+    """Refuse a loss that is no number: what was trained is of no use, and would be the next time."""
+    if math.isfinite(loss):
+        return
+    journey = run.task.journey
+    if journey.checkpoint is not None and run.task.processes.rank == 0:
+        journey.checkpoint.unlink(missing_ok=True)
+    if epoch == 0:
+        raise ModelError(f"the {what} is {loss} before training; allowed: finite numbers; check the model")
+    raise ModelError(f"the {what} is {loss} in epoch {epoch}; nothing was written; lower learning_rate")
 
 
 def _right(made: Mapping[str, torch.Tensor], y: torch.Tensor | None, objective: Objective) -> int:
@@ -240,11 +270,6 @@ def _copied(student: Executor) -> dict[str, torch.Tensor]:
     return {name: v.detach().cpu().clone() for name, v in student.state_dict().items()}
 
 
-def _patient_no_more(run: _Run) -> bool:
-    patience = run.task.step.patience
-    return bool(patience) and len(run.epochs) - 1 - run.best >= patience
-
-
 def _saved(run: _Run) -> State:
     return {
         "student": _copied(run.student),
@@ -252,22 +277,13 @@ def _saved(run: _Run) -> State:
         "average": run.average,
         "best": run.best,
         "state": run.state,
-        "epochs": [
-            {
-                "number": e.number,
-                "loss": e.loss,
-                "validation": e.validation,
-                "accuracy": e.accuracy,
-                "seconds": e.seconds,
-            }
-            for e in run.epochs
-        ],
+        "epochs": [asdict(e) for e in run.epochs],
     }
 
 
 def _resume(run: _Run, saved: State) -> None:
     run.student.load_state_dict(saved["student"])
     run.optimizer.load_state_dict(saved["optimizer"])
-    run.average = saved["average"]
+    run.average = {k: v.to(run.task.processes.device) for k, v in saved["average"].items()}
     run.best, run.state = saved["best"], saved["state"]
     run.epochs = [Epoch(**e) for e in saved["epochs"]]

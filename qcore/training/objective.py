@@ -4,7 +4,7 @@ Source: Hinton et al. 2015 (arXiv 1503.02531) for soft targets; Romero et al. 20
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
@@ -18,7 +18,8 @@ class Objective:
     """A loss: `teacher_weight` of the teacher's outputs and the rest of labels, and as much of `features` on top.
 
     `output` is the output that is compared, None for all of them by squared error (no classes). `distribution` says
-    that it holds probabilities and not logits.
+    that it holds probabilities and not logits. Squared errors are shares of `power`, the mean square of what the
+    teacher makes, by name: a fixed number, so that the loss of a batch is the mean over its samples, however divided.
     """
 
     output: str | None
@@ -26,6 +27,7 @@ class Objective:
     teacher_weight: float
     temperature: float
     features: tuple[str, ...] = ()
+    power: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def needs_teacher(self) -> bool:
@@ -46,7 +48,7 @@ def loss_of(
     """
     parts = []
     if objective.output is None:
-        parts = [_squared(made[k], v) for k, v in teacher.items() if k not in objective.features]
+        parts = [_squared(objective, k, made, teacher) for k in teacher if k not in objective.features]
     else:
         logits = _logits(made[objective.output], objective)
         if objective.teacher_weight > 0:
@@ -54,7 +56,7 @@ def loss_of(
             parts.append(objective.teacher_weight * divergence(soft, logits, objective.temperature))
         if objective.teacher_weight < 1 and y is not None:
             parts.append((1 - objective.teacher_weight) * functional.cross_entropy(logits, y))
-    parts += [_squared(made[k], teacher[k]) for k in objective.features]
+    parts += [_squared(objective, k, made, teacher) for k in objective.features]
     return torch.stack([p.float() for p in parts]).sum()
 
 
@@ -75,6 +77,7 @@ def _logits(x: torch.Tensor, objective: Objective) -> torch.Tensor:
     return x.clamp_min(_SMALLEST).log() if objective.distribution else x
 
 
-def _squared(x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return the squared error as a share of the power of `wanted`."""
-    return (x - wanted).square().mean() / wanted.square().mean().clamp_min(_SMALLEST)
+def _squared(
+    objective: Objective, name: str, made: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    return (made[name] - wanted[name]).square().mean() / max(objective.power.get(name, 1.0), _SMALLEST)

@@ -2,9 +2,12 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import distributed
+
+from qcore.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,17 +20,42 @@ class Processes:
 
 
 def join(device: str) -> Processes:
-    """Return the place of this process, after it has joined the others.
+    """Return the place of this process, after it has joined the others; `leave` ends that.
 
     Args:
         device: "cpu", "cuda" or "auto": CUDA where there is one.
+
+    Raises:
+        ConfigError: there is no CUDA device, or nobody says where the other processes are.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch sees no CUDA device here; allowed here: cpu, auto")
+    cuda = device != "cpu" and torch.cuda.is_available()
     chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     if world > 1 and not distributed.is_initialized():
+        if "MASTER_ADDR" not in os.environ:
+            raise ConfigError(f"WORLD_SIZE is {world}, but MASTER_ADDR is not set; start all processes with torchrun")
         distributed.init_process_group("nccl" if cuda else "gloo")
     return Processes(rank=rank, world=world, device=chosen)
+
+
+def leave() -> None:
+    """Part from the other processes, if there are any."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def of_first(value: Any, processes: Processes) -> Any:
+    """Return what `value` is in the first process."""
+    if processes.world == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def add_gradients(parameters: list[torch.nn.Parameter], processes: Processes) -> None:

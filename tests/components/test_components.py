@@ -14,7 +14,7 @@ import pytest
 from kfp import dsl
 
 from qcore import demo
-from qcore.components import calibrate, evaluate, gate, merge_tables, package, prune, publish, quantize
+from qcore.components import calibrate, evaluate, finetune, gate, merge_tables, package, prune, publish, quantize
 from qcore.components.images import IMAGE
 from qcore.demo.make_data import write_digits
 from qcore.errors import GateRefused, ModelError
@@ -223,7 +223,7 @@ def test_a_failed_gate_cannot_be_packaged(world: World, tmp_path: Path) -> None:
     assert not (tmp_path / "package").exists()
 
 
-@pytest.mark.parametrize("component", [*COMPONENTS, merge_tables], ids=lambda c: c.name)
+@pytest.mark.parametrize("component", [*COMPONENTS, finetune, merge_tables], ids=lambda c: c.name)
 def test_the_rules_of_a_component(component: Any) -> None:
     source = textwrap.dedent(inspect.getsource(component.python_func))
     (function,) = ast.parse(source).body

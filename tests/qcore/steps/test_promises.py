@@ -29,6 +29,7 @@ def command(verb, inputs, out):
         "calibrate": ["calibrate"],
         "calibrate-jobs": ["calibrate", "--jobs", "2"],
         "sensitivity": ["sensitivity", "--samples", "4"],
+        "finetune": ["finetune", "--epochs", "1"],
     }
     target = [] if verb.startswith("calibrate") else ["--target", TARGET]
     return run([*verbs[verb], "--model", str(model), "--data", str(card), "--out", str(out), *target])
@@ -41,10 +42,13 @@ def state(folder):
 
 
 @pytest.mark.parametrize(
-    "verb", ["compress", "auto", "mixed", "calibrate", "calibrate-jobs", "sensitivity", "quantize", "prune"]
+    "verb",
+    ["compress", "auto", "mixed", "calibrate", "calibrate-jobs", "sensitivity", "quantize", "prune", "finetune"],
 )
 def test_nothing_is_written_beside_inputs(verb, inputs, tmp_path, capfd):
     model, card = inputs
+    if verb == "finetune":
+        pytest.importorskip("torch", reason="the extra `train` is not installed")
     if verb == "quantize":
         steps.calibrate(model=model, data=card, out=model.parent / "t.json")
     before = state(model.parent)

@@ -21,6 +21,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run
 
 from qcore.errors import DataError
+from qcore.methods.finetune import Epoch
 from qcore.tracking.journal import TrackingError
 from qcore.tracking.replay import replay
 from qcore.tracking.rest import RestSink
@@ -145,6 +146,26 @@ def test_tasks_send_to_a_server_by_themselves(server: str, tmp_path: Path) -> No
     folder = tmp_path / "journal"
     record(folder, env_of(folder, "live", MLFLOW_TRACKING_URI=server))
     expect_everything_once(server, "live")
+
+
+def test_curves_of_training_are_on_the_server_while_it_goes_on(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qcore.tracking.tracker.LIVE_EVERY_S", 0.0)
+    client, epochs = MlflowClient(server), [(None, 0.9, 0.5), (0.8, 0.6, 0.7), (0.7, 0.5, 0.75)]
+
+    def history(name: str) -> list[tuple[int, float]]:
+        run = runs_of(server, "curves")[1]["finetune"]
+        assert run.info.status == "RUNNING"
+        return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
+
+    with Tracker("finetune", env=env_of(tmp_path / "journal", "curves", MLFLOW_TRACKING_URI=server)) as t:
+        for k, (loss, validation, accuracy) in enumerate(epochs):
+            t.epoch(Epoch(number=k, loss=loss, validation=validation, accuracy=accuracy, seconds=1.0))
+            assert sorted(history("validation_loss")) == [(i, e[1]) for i, e in enumerate(epochs[: k + 1])]
+        assert sorted(history("loss")) == [(1, 0.8), (2, 0.7)]
+        assert sorted(history("validation_accuracy")) == [(0, 0.5), (1, 0.7), (2, 0.75)]
+    assert runs_of(server, "curves")[1]["finetune"].info.status == "FINISHED"
 
 
 def test_the_uploader_sends_journals_while_they_grow(uri: str, tmp_path: Path) -> None:

@@ -1,0 +1,285 @@
+"""Recipe steps that train, ONNX in and ONNX out: what structure survives, who teaches, what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from learning import CARD, small_net, write_blobs
+from models import model_of, save
+from onnx import helper, numpy_helper
+from quantizing import constants, run
+
+pytest.importorskip("torch", reason="the extra `train` is not installed")
+
+from qcore import steps
+from qcore.errors import ConfigError, DataError, ModelError, QcoreError
+from qcore.steps import CompressionSummary
+
+TARGET = "npu-int8-symmetric"
+CLUSTERS = 6
+
+
+class Folder:
+    """A model, data and recipes in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.card = write_blobs(folder / "data")
+
+    def compress(self, proto: onnx.ModelProto, *recipe: str, target: str = TARGET, name: str = "out.onnx"):
+        """Return what a recipe of these steps makes of `proto`, and the summary."""
+        model = save(proto, self.folder / "m.onnx")
+        text = "name: test\nsteps:\n" + "".join(f"  - {{{step}}}\n" for step in recipe)
+        (self.folder / "recipe.yaml").write_text(text)
+        out = self.folder / name
+        made = steps.compress(
+            model=model, data=self.card, out=out, recipe=str(self.folder / "recipe.yaml"), target=target, device="cpu"
+        )
+        assert sorted(p.name for p in self.folder.iterdir()) == sorted({"data", "m.onnx", "recipe.yaml", name})
+        return onnx.load(out), made
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+FINETUNE = "method: finetune, epochs: 2, batch: 32, learning_rate: 0.05, teacher_weight: 0"
+QAT = "method: qat, epochs: 2, batch: 32, learning_rate: 0.02, teacher_weight: 0"
+QUANTIZE = "method: quantize, per_channel: false"
+
+
+def changed(proto: onnx.ModelProto, **weights: np.ndarray) -> onnx.ModelProto:
+    for tensor in proto.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(numpy_helper.from_array(np.asarray(weights[tensor.name], np.float32), tensor.name))
+    return proto
+
+
+def structured(kind: str) -> tuple[onnx.ModelProto, np.ndarray]:
+    """Return a net whose filters have zeros, few values, or both, and the filters."""
+    rng = np.random.default_rng(2)
+    w = constants(small_net(channels=8))["w"]
+    centres = np.sort(rng.standard_normal(CLUSTERS).astype(np.float32))
+    if kind != "zeros":
+        w = centres[np.abs(w[..., None] - centres).argmin(axis=-1)]
+    if kind != "clusters":
+        w = np.where(rng.random(w.shape) < 0.5, np.float32(0), w)
+    return changed(small_net(channels=8), w=w), w
+
+
+def trained_one(made: CompressionSummary):
+    (step,) = [s for s in made.steps if s.epochs]
+    assert step.kept, "nothing was learnt, so nothing is shown"
+    return step
+
+
+def partition(w: np.ndarray) -> np.ndarray:
+    return np.unique(w, return_inverse=True)[1].reshape(-1)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "clusters", "both"])
+def test_finetuning_keeps_zeros_and_shared_values(kind: str, folder: Folder) -> None:
+    proto, w = structured(kind)
+    after, made = folder.compress(proto, FINETUNE)
+    trained_one(made)
+    got = constants(after)["w"]
+    assert not np.array_equal(got, w)
+    if kind != "clusters":
+        assert np.array_equal(got == 0, w == 0)
+    if kind != "zeros":
+        assert np.array_equal(partition(got), partition(w)) or len(np.unique(got)) == len(np.unique(w))
+        for value in np.unique(w):
+            assert len(np.unique(got[w == value])) == 1
+
+
+@pytest.mark.parametrize("kind", ["zeros", "clusters", "both"])
+@pytest.mark.parametrize("target", [TARGET, "x86-avx2"])
+def test_quantization_aware_training_keeps_zeros_and_shared_values(kind: str, target: str, folder: Folder) -> None:
+    proto, w = structured(kind)
+    after, made = folder.compress(proto, QUANTIZE, QAT, target=target)
+    trained_one(made)
+    before, _ = folder.compress(proto, QUANTIZE, target=target)
+    (name,) = [k for k, v in constants(after).items() if v.shape == w.shape]
+    got, zero = constants(after)[name].astype(int), 128 if target == "x86-avx2" else 0
+    assert not np.array_equal(got, constants(before)[name])
+    if kind != "clusters":
+        assert (got[w == 0] == zero).all()
+    if kind != "zeros":
+        assert len(np.unique(got)) <= len(np.unique(w))
+        for value in np.unique(w):
+            assert len(np.unique(got[w == value])) == 1
+
+
+def test_structure_that_rounding_broke_is_put_right_by_training(folder: Folder) -> None:
+    proto, w = structured("both")
+    recipe = ("method: quantize, per_channel: false, weight_bits: 4", "method: round-weights, samples: 8", QAT)
+    after, made = folder.compress(proto, *recipe)
+    trained_one(made)
+    (got,) = [v for v in constants(after).values() if v.shape == w.shape]
+    assert not got[w == 0].any()
+    assert all(len(np.unique(got[w == value])) == 1 for value in np.unique(w))
+
+
+def test_structure_may_be_given_up(folder: Folder) -> None:
+    after, _ = folder.compress(structured("both")[0], FINETUNE + ", keep_zeros: false, keep_clusters: false")
+    assert len(np.unique(constants(after)["w"])) == 72  # all of them
+
+
+def test_weights_in_constant_nodes_keep_their_zeros(folder: Folder) -> None:
+    proto, w = structured("zeros")
+    tensor = next(t for t in proto.graph.initializer if t.name == "w")
+    node = helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(w))
+    proto.graph.initializer.remove(tensor)
+    proto.graph.node.insert(0, node)
+    after, made = folder.compress(proto, FINETUNE)
+    trained_one(made)
+    got = next(n.attribute[0].t for n in after.graph.node if n.op_type == "Constant" and n.output[0] == "w")
+    assert np.array_equal(numpy_helper.to_array(got) == 0, w == 0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("target", ["x86-avx2", "x86-vnni", "arm-dotprod", TARGET, "fixed-point-pow2", "tensorrt"])
+def test_what_was_judged_is_what_is_written(target: str, bits: int, folder: Folder) -> None:
+    after, made = folder.compress(small_net(channels=8), f"method: quantize, weight_bits: {bits}", QAT, target=target)
+    step = trained_one(made)
+    assert step.error_after == step.epochs[step.best].validation < step.error_before
+    x, y = (np.load(folder.card.parent / "blobs.npz")[k][192:256] for k in "xy")
+    coded = after.graph.input[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT
+    if not coded:
+        right = (run(after.SerializeToString(), x).argmax(axis=1) == y).mean()
+        assert right == pytest.approx(step.epochs[step.best].accuracy, abs=0.05)  # ties of integer logits
+    assert made.breaches == ()
+
+
+def test_a_softmax_at_the_end_teaches_and_learns(folder: Folder) -> None:
+    _, made = folder.compress(small_net(softmax=True), FINETUNE.replace("teacher_weight: 0", "teacher_weight: 0.5"))
+    assert trained_one(made).epochs[-1].accuracy > 0.5
+
+
+def test_without_labels_the_teacher_teaches(folder: Folder) -> None:
+    folder.card = write_blobs(folder.folder / "data", labels=False)
+    proto, _ = structured("zeros")
+    teacher = save(small_net(channels=5, seed=4), folder.folder / "data" / "t.onnx")
+    options = f"method: finetune, epochs: 2, batch: 32, learning_rate: 0.05, teacher: {teacher}"
+    _, made = folder.compress(proto, options)
+    step = trained_one(made)
+    assert step.error_after < step.error_before / 2
+    assert step.epochs[0].accuracy is None
+
+
+def test_two_training_steps_follow_each_other(folder: Folder) -> None:
+    _, made = folder.compress(small_net(), FINETUNE, "method: quantize", QAT)
+    assert [len(s.epochs) for s in made.steps] == [3, 0, 3]
+    assert made.steps[2].error_before == pytest.approx(made.steps[0].error_after, rel=0.3)
+
+
+def renamed(proto: onnx.ModelProto, **names: str) -> onnx.ModelProto:
+    for node in proto.graph.node:
+        node.input[:] = [names.get(n, n) for n in node.input]
+        node.output[:] = [names.get(n, n) for n in node.output]
+    for port in [*proto.graph.input, *proto.graph.output]:
+        port.name = names.get(port.name, port.name)
+    return proto
+
+
+def test_another_teacher_may_have_other_names(folder: Folder) -> None:
+    first = save(small_net(seed=9), folder.folder / "data" / "t.onnx")
+    options = "method: finetune, epochs: 1, batch: 32, teacher_weight: 1, teacher: "
+    plain, _ = folder.compress(small_net(), options + str(first))
+    second = save(renamed(small_net(seed=9), x="image", y="scores"), folder.folder / "data" / "t.onnx")
+    again, made = folder.compress(small_net(), options + str(second))
+    trained_one(made)
+    assert again.SerializeToString() == plain.SerializeToString()
+
+
+def wide() -> onnx.ModelProto:
+    node = helper.make_node("Gemm", ["f", "wf"], ["y"], name="fc", transB=1)
+    nodes = [helper.make_node("Flatten", ["x"], ["f"], name="flatten"), node]
+    w = {"wf": np.ones((4, 36), np.float32)}
+    return model_of(nodes, w, inputs={"x": ["N", 1, 6, 6]}, outputs={"y": ["N", 4]})
+
+
+@pytest.mark.parametrize(
+    ("teacher", "says"),
+    [
+        (wide, r"teacher's outputs 'y' has shape \(N, 4\), the student's 'y' \(N, 3\); allowed: the same"),
+        (lambda: small_net(batch=1), "teacher insists on batches of 1; allowed: any number; export it with a symbolic"),
+        (None, "t.onnx does not exist"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(teacher, says: str, folder: Folder) -> None:
+    path = folder.folder / "data" / "t.onnx"
+    if teacher is not None:
+        save(teacher(), path)
+    refused(folder, ModelError, says, f"method: finetune, epochs: 1, teacher: {path}")
+
+
+def refused(folder: Folder, kind: type[QcoreError], says: str, *recipe: str, proto: onnx.ModelProto | None = None):
+    with pytest.raises(kind, match=says) as e:
+        folder.compress(proto or small_net(), *recipe)
+    assert "\n" not in str(e.value)
+    assert not list(folder.folder.glob("out.onnx*"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "says"),
+    [
+        (["method: qat"], ConfigError, "step qat mends a quantized model; put it behind quantize"),
+        (["method: quantize", "method: finetune"], ConfigError, "step finetune follows quantize; allowed behind it"),
+        (["method: quantize", QAT, "method: correct-bias"], ConfigError, "step correct-bias would undo qat"),
+        (["method: quantize, form: qoperator", QAT], ConfigError, "step qat mends QDQ models; allowed: form: qdq"),
+        (["method: finetune, epochs: 0"], ConfigError, "epochs"),
+        (["method: finetune, epoch: 3"], ConfigError, "did you mean 'epochs'"),
+        (
+            ["method: finetune, train: trian"],
+            DataError,
+            "has no split 'trian'; allowed: calibration, train, validation",
+        ),
+        (["method: finetune, validation: none"], DataError, "has no split 'none'"),
+        (["method: finetune, validation: train"], DataError, "share 160 samples, so training would judge itself"),
+        (["method: finetune, features: [nothing]"], ModelError, "nothing"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line(recipe, kind, says: str, folder: Folder) -> None:
+    refused(folder, kind, says, *recipe)
+
+
+def test_overlapping_splits_are_refused(folder: Folder) -> None:
+    folder.card.write_text(CARD.replace("validation: {range: [192, 256]}", "validation: {range: [190, 256]}"))
+    refused(folder, DataError, "splits 'train' and 'validation' of .*|share 2 samples", FINETUNE)
+
+
+def test_labels_cannot_teach_where_there_are_none(folder: Folder) -> None:
+    folder.card = write_blobs(folder.folder / "data", labels=False)
+    says = r"teacher_weight is 0.0, but split 'train' of blobs has no labels; allowed: 1, or leave it out"
+    refused(folder, ModelError, says, FINETUNE)
+
+
+def test_labels_that_the_model_does_not_have_are_refused(folder: Folder) -> None:
+    x, y = (np.load(folder.card.parent / "blobs.npz")[k] for k in "xy")
+    np.savez(folder.card.parent / "blobs.npz", x=x, y=y + 5)
+    refused(folder, ModelError, r"has class \d, the model tells 3 classes apart; allowed: 0 to 2", FINETUNE)
+
+
+def test_a_fixed_batch_is_refused(folder: Folder) -> None:
+    says = "insists on batches of 2; allowed for training: any number; export it with a symbolic first dimension"
+    refused(folder, ConfigError, says, FINETUNE, proto=small_net(batch=2))
+
+
+def test_a_model_without_weights_is_refused(folder: Folder) -> None:
+    nodes = [helper.make_node("GlobalAveragePool", ["x"], ["p"]), helper.make_node("Flatten", ["p"], ["y"])]
+    proto = model_of(nodes, {}, inputs={"x": ["N", 1, 6, 6]}, outputs={"y": ["N", 1]})
+    refused(folder, ModelError, "no float weights to train", FINETUNE, proto=proto)
+
+
+def test_one_sample_cannot_teach_and_judge(folder: Folder) -> None:
+    folder.card.write_text("name: blobs\npath: blobs.npz\nlayout: NCHW\nsplits:\n  train: {range: [0, 1]}\n")
+    refused(folder, DataError, "split 'train' has 1 sample; allowed: 2 or more, since some must judge", FINETUNE)
+
+
+def test_without_splits_of_their_own_one_sample_in_ten_judges(folder: Folder) -> None:
+    folder.card.write_text("name: blobs\npath: blobs.npz\nlayout: NCHW\nsplits:\n  calibration: {}\n")
+    _, made = folder.compress(small_net(), FINETUNE)
+    assert trained_one(made).samples == 231
