@@ -138,9 +138,9 @@ def run_release(
 
 def _request(arguments: ReleaseArguments) -> dict[str, Json]:
     """Return the pipeline's parameters after checking what would otherwise fail only at the end of a long run."""
-    from qcore.compression import load_recipe
     from qcore.config import load_config
     from qcore.gate import GatePolicy
+    from qcore.recipe import load_recipe
     from qcore.release.manifest import check_name
     from qcore.target import load_target
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcore.canonical import Digest, Json, sha256_json
-from qcore.errors import CalibrationError
+from qcore.errors import CalibrationError, NotFiniteError
 from qcore.files import write_json
 from qcore.numerics.stats import (
     DEFAULT_BINS,
@@ -202,7 +202,7 @@ def _count(stats: TensorStats | None, name: str, x: NDArray[Any], place: _Place)
     except ValueError as e:
         first = place.end - len(place.weights)
         where = f"sample {first}" if first + 1 == place.end else f"samples {first} to {place.end - 1}"
-        raise CalibrationError(
+        raise NotFiniteError(
             f"activation {name}: {e} in {where} of the split; allowed: finite values; check the preprocessing of the "
             "data card"
         ) from e

@@ -1,17 +1,16 @@
-"""Recipes: the ordered steps of one compression run, and which of them are kept."""
+"""One compression run: the steps of a recipe applied in order, and which of them are kept."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Literal, assert_never
+from typing import assert_never
 
 import numpy as np
 import onnx_ir as ir
-from pydantic import Field
 
-from qcore.config import Config, load_config
+from qcore.config import Config
 from qcore.errors import ConfigError
+from qcore.graph.finite import refuse_non_finite_weights
 from qcore.graph.fold import fold_batchnorm
 from qcore.graph.head import conv_head_to_gemm
 from qcore.graph.rewrite import Rewrite, Skipped
@@ -25,116 +24,10 @@ from qcore.methods.quantize import QuantizeStep, quantize
 from qcore.methods.round_weights import RoundWeightsStep, round_weights
 from qcore.methods.smooth import SmoothStep, smooth, tensors_to_smooth
 from qcore.methods.weights import QuantizeWeightsStep, quantize_weights
+from qcore.recipe import AFTER, BEFORE, FoldBatchnormStep, GemmHeadStep, Recipe, check_order
 from qcore.recovery import Evidence, Tensors, channel_statistics, output_distance
 from qcore.refinement import refine_layers
-from qcore.target import TargetProfile, shipped_or_file
-
-RECIPES = Path(__file__).with_name("recipes")
-
-
-class FoldBatchnormStep(Config):
-    """The recipe step `fold-batchnorm`; it has no options."""
-
-    method: Literal["fold-batchnorm"] = "fold-batchnorm"
-
-
-class GemmHeadStep(Config):
-    """The recipe step `gemm-head`; it has no options."""
-
-    method: Literal["gemm-head"] = "gemm-head"
-
-
-Step = Annotated[
-    FoldBatchnormStep
-    | GemmHeadStep
-    | PruneStep
-    | EqualizeStep
-    | SmoothStep
-    | AbsorbBiasStep
-    | QuantizeStep
-    | CorrectBiasStep
-    | RoundWeightsStep
-    | QuantizeDynamicStep
-    | QuantizeWeightsStep
-    | Float16Step,
-    Field(discriminator="method"),
-]
-BEFORE = EqualizeStep | SmoothStep | AbsorbBiasStep
-"""Recovery steps that prepare a float model for `quantize`."""
-AFTER = CorrectBiasStep | RoundWeightsStep
-"""Recovery steps that mend a model behind `quantize`."""
-
-
-class Recipe(Config):
-    """Steps in the order in which they are applied; at most one `quantize`, and only recovery follows it.
-
-    Recovery steps (`BEFORE` and `AFTER`) are kept only if the quantized model comes closer to the float one on samples
-    that were held out.
-    """
-
-    name: str = Field(pattern=r"^[a-z0-9.-]+$")
-    description: str = ""
-    steps: tuple[Step, ...] = Field(min_length=1)
-
-    @property
-    def quantize_step(self) -> QuantizeStep | None:
-        """The step `quantize`, if there is one."""
-        return next((s for s in self.steps if isinstance(s, QuantizeStep)), None)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether a step reads a calibration table."""
-        return self.quantize_step is not None
-
-    @property
-    def needs_samples(self) -> bool:
-        """Whether a step runs the model on samples: a table is not enough."""
-        return any(isinstance(s, BEFORE | AFTER) for s in self.steps)
-
-    @property
-    def reads_target(self) -> bool:
-        """Whether a step looks at the target profile."""
-        return any(isinstance(s, QuantizeStep | QuantizeDynamicStep | BEFORE | AFTER) for s in self.steps)
-
-
-def load_recipe(name: str) -> Recipe:
-    """Return the shipped recipe `name`, or the recipe in the YAML file `name`.
-
-    Raises:
-        ConfigError: there is no such recipe, an unknown field, a value out of range, or steps in an order that makes
-            no sense.
-    """
-    recipe = load_config(shipped_or_file(name, RECIPES, "recipe"), Recipe, "recipe")
-    check_order(recipe)
-    return recipe
-
-
-def check_order(recipe: Recipe) -> None:
-    """Refuse a recipe whose steps cannot follow each other.
-
-    Raises:
-        ConfigError: names the recipe and the rule.
-    """
-    quantized = False
-    for step in recipe.steps:
-        if quantized and not isinstance(step, AFTER):
-            raise ConfigError(
-                f"recipe {recipe.name}: step {step.method} follows quantize; allowed behind it: correct-bias, "
-                "round-weights"
-            )
-        if not quantized and isinstance(step, AFTER):
-            raise ConfigError(
-                f"recipe {recipe.name}: step {step.method} mends a quantized model; put it behind quantize"
-            )
-        quantized = quantized or isinstance(step, QuantizeStep)
-    mends = next((s for s in recipe.steps if isinstance(s, AFTER)), None)
-    if mends is not None and recipe.quantize_step is not None and recipe.quantize_step.form != "qdq":
-        raise ConfigError(f"recipe {recipe.name}: step {mends.method} mends QDQ models; allowed: form: qdq")
-    prepares = next((s for s in recipe.steps if isinstance(s, BEFORE)), None)
-    if prepares is not None and not quantized:
-        raise ConfigError(
-            f"recipe {recipe.name}: step {prepares.method} prepares for quantize, which is missing; add it"
-        )
+from qcore.target import TargetProfile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +35,8 @@ class AppliedStep:
     """What one step did: method, names that changed, nodes that were left alone and why.
 
     For a recovery step `error_before` and `error_after` are the distances of the quantized model from the float one on
-    held-out samples, without and with the step, and `kept` says whether it is in the result.
+    held-out samples, without and with the step, and `kept` says whether it is in the result; `reason` says why not
+    where nothing was measured.
     """
 
     method: str
@@ -151,6 +45,7 @@ class AppliedStep:
     kept: bool = True
     error_before: float | None = None
     error_after: float | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,8 +87,10 @@ def compress(
 
     Raises:
         ConfigError: a step needs calibration data and there are none.
+        ModelError: a weight is NaN or infinite.
     """
     check_order(recipe)
+    refuse_non_finite_weights(model)
     shared = shared or Shared()
     run = _Run(recipe=recipe, target=asked_of(target, recipe), evidence=evidence, original=model, shared=shared)
     applied, reference = [], model
@@ -276,7 +173,19 @@ def _once(run: _Run, model: ir.Model, step: Config, make: Callable[[], Rewrite])
     return run.shared.done[key][1]
 
 
+def _unjudged(run: _Run, step: BEFORE | AFTER) -> AppliedStep | None:
+    """Return the step as it was left out because no samples are held out to judge it, or None."""
+    evidence = _known(run)
+    if evidence.held_out:
+        return None
+    have = f"{len(evidence.fit)} batches of {evidence.batch}" if evidence.batch > 1 else f"{len(evidence.fit)} samples"
+    reason = f"not judged: of {have} none can be held out; at least 4 are needed"
+    return AppliedStep(method=step.method, changed=(), skipped=(), kept=False, reason=reason)
+
+
 def _prepare(run: _Run, model: ir.Model, step: BEFORE) -> tuple[ir.Model, AppliedStep]:
+    if (left := _unjudged(run, step)) is not None:
+        return model, left
     rewrite = _once(run, model, step, lambda: _prepared(run, model, step))
     before, after = (_distance(run, _quantized(run, m).model) for m in (model, rewrite.model))
     return _better(step.method, (model, before), (rewrite, after))
@@ -297,6 +206,8 @@ def _prepared(run: _Run, model: ir.Model, step: BEFORE) -> Rewrite:
 
 
 def _mend(run: _Run, model: ir.Model, reference: ir.Model, step: AFTER) -> tuple[ir.Model, AppliedStep]:
+    if (left := _unjudged(run, step)) is not None:
+        return model, left
     rewrite = _mended(run, model, reference, step, _known(run).fit)
     before, after = _distance(run, model), _distance(run, rewrite.model)
     return _better(step.method, (model, before), (rewrite, after))

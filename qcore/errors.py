@@ -21,6 +21,10 @@ class CalibrationError(QcoreError):
     """The calibration table does not belong to this model or lacks a tensor that is needed."""
 
 
+class NotFiniteError(CalibrationError):
+    """An activation is NaN or infinite: the samples may be at fault, or the model."""
+
+
 class ConfigError(QcoreError):
     """A recipe, policy, target profile, data card or device file has an unknown field or a value out of range."""
 

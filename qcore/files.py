@@ -26,10 +26,16 @@ def fsync_dir(path: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error.
 
-    On an error the temporary file is removed and `path` is what it was before.
+    Folders that are missing are made. On an error the temporary file is removed and `path` is what it was before.
+
+    Raises:
+        OSError: `path` cannot be written; it names `path`, since nobody knows the temporary one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e
     os.close(fd)
     tmp = Path(name)
     try:
@@ -39,6 +45,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(f.fileno())
         tmp.replace(path)
         fsync_dir(path.parent)
+    except OSError as e:
+        if e.filename is None or Path(e.filename) != tmp:
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from e
     finally:
         tmp.unlink(missing_ok=True)
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qcore.compression import AFTER, BEFORE, Recipe
 from qcore.config import check_config
 from qcore.methods.quantize import QuantizeStep
+from qcore.numerics.affine import container_bits
 from qcore.pareto.front import pareto_front
+from qcore.recipe import AFTER, BEFORE, Recipe
 from qcore.report import BUDGETS, Check, GateDecision, Outcome
 from qcore.target import TargetProfile
 
@@ -98,6 +99,14 @@ def with_precisions(recipe: Recipe, precisions: Mapping[str, str], nodes: Collec
         for s in recipe.steps
     ]
     return check_config({"name": name, "steps": steps}, Recipe, "ladder")
+
+
+def precision_of(recipe: Recipe, target: TargetProfile) -> str:
+    """Return what the layers of a quantizing `recipe` run in: "int8", or such as "w4a8" where bits are others."""
+    step = recipe.quantize_step
+    weights = target.weight_scheme(0, bits=None if step is None else step.weight_bits).width
+    activations = container_bits(target.activations)
+    return "int8" if weights >= 7 and activations == 8 else f"w{weights}a{activations}"
 
 
 def obstacle_of(decision: GateDecision, ceiling: GateDecision) -> Obstacle | None:
@@ -190,7 +199,7 @@ def _passed(attempts: list[Attempt]) -> Climb:
 def _missed(attempts: list[Attempt], searched: str | None, unreachable: str | None) -> Climb:
     chosen = _nearest(attempts)
     best = attempts[chosen]
-    said = [f"no recipe passes; {best.recipe} is nearest to float (held-out error {best.error:.4g}; {best.reason})"]
+    said = [f"no recipe passes; {best.recipe} is nearest to float (held-out error {best.error:.3g}; {best.reason})"]
     said += [f"mixed precision: {searched}"] if searched else []
     train = "hand over to training: qcore finetune --method qat"
     if unreachable:

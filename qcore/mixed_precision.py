@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from qcore.canonical import Json
-from qcore.pareto.front import pareto_front
+from qcore.pareto.front import dominates, pareto_front
 from qcore.target import Precision
 
 LADDER: tuple[Precision, ...] = ("int16", "float16", "float")
-"""What a layer can be promoted to from int8, cheapest first."""
+"""What a layer can be promoted to from what the recipe makes of it, cheapest first."""
 MAX_DEMOTIONS = 16
 
 Assignment = Mapping[str, Precision]
-"""What layers run in instead of int8, by node name."""
+"""What layers run in instead of what the recipe makes of them, by node name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,8 @@ class PrecisionSearch:
     """The end of a search.
 
     Invariant: `chosen` is among `attempts`, and if the budget is `met`, `chosen.trial.holds`. If not, it is the attempt
-    of least error. `budget` says in words what had to hold, `why` what was chosen and why the search stopped.
+    of least error. `budget` says in words what had to hold, `why` what was chosen, why the search stopped, and which
+    attempt is better in all that was measured, if one is.
     """
 
     met: bool
@@ -65,13 +66,14 @@ class PrecisionSearch:
     def to_json(self) -> Json:
         """Return the JSON form; `chosen` and the Pareto front as positions in `attempts`, an infinite error as null."""
         attempts = [{"precision": dict(a.precision), **_trial_json(a.trial)} for a in self.attempts]
-        position = self.attempts.index(self.chosen)
+        position, better = self.attempts.index(self.chosen), _better(self.chosen, self.attempts)
         return {
             "met": self.met,
             "budget": self.budget,
             "why": self.why,
             "attempts": attempts,
             "chosen": position,
+            "dominated_by": None if better is None else self.attempts.index(better),
             "pareto": list(self.pareto),
         }
 
@@ -89,8 +91,8 @@ def search_precision(
 
     Args:
         ranked: layers, the most sensitive first.
-        run: tries an assignment; layers that it does not name run in int8.
-        precisions: what the device knows besides int8.
+        run: tries an assignment; layers that it does not name are as the recipe makes them.
+        precisions: what the device knows besides.
         budget: in words, what a trial holds.
         max_demotions: most trials that take back single promotions.
     """
@@ -101,21 +103,21 @@ def search_precision(
         best = min(search.attempts.values(), key=lambda a: a.trial.error)
         allowed = ", ".join(str(p) for p in levels[1:]) or "nothing"
         why = (
-            f"{budget} does not hold with all layers promoted; the device allows {allowed} besides int8 "
-            f"(least error {best.trial.error:.4g})"
+            f"{budget} does not hold with all layers promoted; the device allows {allowed} besides what the recipe "
+            f"gives (least error {best.trial.error:.3g})"
         )
         return _finished(search, best.precision, False, why)
     assignment = _fewest(search, levels[: top + 1])
     assignment = _demoted(search, assignment, max_demotions)
     error, why = _tried(search, assignment).trial.error, in_words(assignment, len(ranked))
-    return _finished(search, assignment, True, f"{why}: error {error:.4g}, {budget}")
+    return _finished(search, assignment, True, f"{why}: error {error:.3g}, {budget}")
 
 
 def in_words(assignment: Assignment, layers: int) -> str:
     """Return how many of all `layers` run in what."""
     precisions = list(assignment.values())
     counts = ", ".join(f"{precisions.count(p)} in {p}" for p in LADDER if p in precisions)
-    return f"{counts} of {layers} layers" if counts else "int8 everywhere"
+    return f"{counts} of {layers} layers" if counts else "the recipe everywhere"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,13 +175,20 @@ def _demoted(search: _Search, assignment: dict[str, Precision], most: int) -> di
 
 
 def _finished(search: _Search, assignment: Assignment, met: bool, why: str) -> PrecisionSearch:
-    return PrecisionSearch(
-        met=met,
-        budget=search.budget,
-        chosen=_tried(search, assignment),
-        attempts=tuple(search.attempts.values()),
-        why=why,
-    )
+    chosen, attempts = _tried(search, assignment), tuple(search.attempts.values())
+    if (better := _better(chosen, attempts)) is not None:
+        words, trial = in_words(better.precision, len(search.ranked)), better.trial
+        why += (
+            f"; {words} is better in all that was measured (error {trial.error:.3g}, {trial.size_bytes:,} bytes "
+            f"against {chosen.trial.size_bytes:,}): fewer promotions pay only if the device gains by them"
+        )
+    return PrecisionSearch(met=met, budget=search.budget, chosen=chosen, attempts=attempts, why=why)
+
+
+def _better(chosen: Attempt, attempts: Sequence[Attempt]) -> Attempt | None:
+    """Return the attempt of least error among those that dominate the `chosen` one, or None."""
+    better = [a for a in attempts if math.isfinite(a.trial.error) and dominates(a.trial, chosen.trial)]
+    return min(better, key=lambda a: (a.trial.error, a.trial.size_bytes), default=None)
 
 
 def _trial_json(trial: Trial) -> Json:

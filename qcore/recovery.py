@@ -1,6 +1,7 @@
 """What recovery steps ask of the calibration data: ranges, channel statistics, and how far from float a model is.
 
-The samples are cut in two: steps learn from `fit`, and are judged on `held_out`, which they never see.
+The samples are cut in two: steps learn from `fit`, and are judged on `held_out`, which they never see. Where nothing
+could be held out, no step can be judged, so none is kept.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,9 +39,8 @@ class Evidence:
 
     @property
     def everything(self) -> tuple[Tensors, ...]:
-        """The batches of `fit`, then those of `held_out` that are not among them."""
-        known = {id(batch) for batch in self.fit}
-        return self.fit + tuple(batch for batch in self.held_out if id(batch) not in known)
+        """The batches of `fit`, then those of `held_out`."""
+        return self.fit + self.held_out
 
     def first(self, batches: tuple[Tensors, ...], samples: int) -> tuple[Tensors, ...]:
         """Return the first of `batches` that hold at least `samples` samples, or all."""
@@ -70,14 +70,15 @@ def channel_statistics(
 
 
 def output_distance(model: ir.Model, reference: ir.Model, evidence: Evidence) -> float:
-    """Return `output_error` of `model` against `reference` on the held-out samples.
+    """Return `output_error` of `model` against `reference` on the held-out samples; on all where none are.
 
     The numbers of the file count: no fused kernel, whose sums saturate on some machines, takes part.
 
     Raises:
         ModelError: a model gives NaN or infinity, or other outputs than the reference.
     """
-    ours, theirs = (_outputs(m, evidence.held_out) for m in (model, reference))
+    samples = evidence.held_out or evidence.fit
+    ours, theirs = (_outputs(m, samples) for m in (model, reference))
     try:
         return output_error(theirs, ours, evidence.task)
     except ValueError as e:

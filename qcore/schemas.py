@@ -4,11 +4,11 @@ import json
 import sys
 from pathlib import Path
 
-from qcore.compression import Recipe
 from qcore.config import Config
 from qcore.data.card import DataCard
 from qcore.files import write_atomic
 from qcore.gate import GatePolicy
+from qcore.recipe import Recipe
 from qcore.target import TargetProfile
 
 SCHEMAS: dict[str, type[Config]] = {

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from qcore.calibration import calibrate
-from qcore.compression import Recipe
 from qcore.config import check_config
 from qcore.data.dataset import Batch
 from qcore.graph.io import parse_model, serialize_model
 from qcore.methods.quantize import tensors_to_calibrate
+from qcore.recipe import Recipe
 from qcore.recovery import Evidence
 from qcore.runtime.ort import activations
 

@@ -9,6 +9,7 @@ import yaml
 
 from qcore.cli.main import app
 from qcore.config import check_config
+from qcore.methods.round_weights import RoundWeightsStep
 from qcore.schemas import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,3 +55,9 @@ def test_the_readme_example_composes_a_pipeline(tmp_path):
 
     compiler.Compiler().compile(scope["smaller"], str(tmp_path / "smaller.yaml"))
     assert "quantize" in (tmp_path / "smaller.yaml").read_text()
+
+
+def test_every_option_of_round_weights_is_explained():
+    text = (ROOT / "docs" / "files.md").read_text()
+    shown = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\* .*?(?=^\* |^$)", text, re.MULTILINE | re.DOTALL))))
+    assert set(RoundWeightsStep.model_fields) - {"method"} <= shown

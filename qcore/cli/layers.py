@@ -11,6 +11,7 @@ import typer
 
 from qcore import steps
 from qcore.cli import options as opt
+from qcore.cli.model import print_breaches
 from qcore.cli.output import percent, print_json, print_table, progress, size
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _print_mixed(result: steps.MixedSummary) -> None:
     for k in sorted({*search.pareto, chosen}, key=lambda k: search.attempts[k].trial.error):
         trial = search.attempts[k].trial
         latency = "" if trial.latency_ms is None else f"{trial.latency_ms:.2f} ms"
-        cells = (result.words(k), f"{trial.error:.4g}", size(trial.size_bytes), *([latency] if timed else []))
+        cells = (result.words(k), f"{trial.error:.3g}", size(trial.size_bytes), *([latency] if timed else []))
         rows.append((*cells, "holds" if trial.holds else "does not", "<-" if k == chosen else ""))
     columns = ("precisions", "error", "size", *(["latency"] if timed else []), "budget", "chosen")
     title = f"Pareto front of {len(search.attempts)} trials on {result.samples} samples of {result.judged_on}"
@@ -162,6 +163,7 @@ def _print_mixed(result: steps.MixedSummary) -> None:
     if result.written is None:
         print("no model written; allow more in the budget, or train: qcore finetune --method qat")
     else:
+        print_breaches(result.written)
         print(f"{result.written.output}: {size(result.written.size_bytes)}")
     print(f"{result.page}\n{result.report}")
 

@@ -90,7 +90,7 @@ def _print_ladder(result: steps.AutoSummary) -> None:
     for k, a in enumerate(climb.attempts):
         latency = [] if not timed else ["" if a.latency_ms is None else f"{a.latency_ms:.2f} ms"]
         marks = ("chosen" if k == climb.chosen else "") + ("*" if k in climb.pareto else "")
-        rows.append((a.recipe, f"{a.error:.4f}", size(a.size_bytes), *latency, a.outcome, a.reason, marks))
+        rows.append((a.recipe, f"{a.error:.3g}", size(a.size_bytes), *latency, a.outcome, a.reason, marks))
     columns = ("recipe", "held-out error", "size", *(["latency"] if timed else []), "gate", "why", "")
     print_table(f"Ladder, judged on {result.judged_on}; * nothing beats it in all columns", columns, rows)
 
@@ -211,11 +211,23 @@ def _print_summary(summary: steps.CompressionSummary, as_json: bool) -> None:
         reasons[skip.op_type, skip.reason] = reasons.get((skip.op_type, skip.reason), 0) + 1
     if reasons:
         print_table("Left alone", ("op", "nodes", "why"), [(op, str(n), why) for (op, why), n in reasons.items()])
+    print_breaches(summary)
     ratio = summary.size_bytes / summary.input_size_bytes
     print(f"{summary.output}: {size(summary.size_bytes)}, {percent(ratio)} of {size(summary.input_size_bytes)}")
 
 
+def print_breaches(summary: steps.CompressionSummary) -> None:
+    """Print where a written model is not what its target wants, a row per rule and kind; nothing where it is."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for b in summary.breaches:
+        kinds.setdefault((b.rule, b.observed.split(" with ")[0]), []).append(b.where)
+    if kinds:
+        rows = [(rule, observed, str(len(where)), where[0]) for (rule, observed), where in kinds.items()]
+        title = f"Not as {summary.target} wants it ({len(summary.breaches)} findings; `qcore lint` names all)"
+        print_table(title, ("rule", "observed", "times", "first"), rows)
+
+
 def _recovered(step: "AppliedStep") -> str:
     if step.error_before is None or step.error_after is None:
-        return ""
-    return f"{step.error_before:.4f} -> {step.error_after:.4f}" + ("" if step.kept else ", not kept")
+        return step.reason or ""
+    return f"{step.error_before:.3g} -> {step.error_after:.3g}" + ("" if step.kept else ", not kept")

@@ -11,7 +11,9 @@ Data = Annotated[Path, typer.Option("--data", help="Data card: a YAML file, or a
 CalibrationData = Annotated[
     Path | None, typer.Option("--data", help="Data card; only needed by recipes that calibrate.")
 ]
-Out = Annotated[Path, typer.Option("--out", help="Where to write; replaced all at once when the step succeeds.")]
+Out = Annotated[
+    Path, typer.Option("--out", help="Where to write, in folders that are made if missing; replaced all at once.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Recipe = Annotated[
     str, typer.Option("--recipe", help="Shipped recipe (int8, int8-dynamic, int4-weights ...) or a YAML file.")

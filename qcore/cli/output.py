@@ -73,8 +73,8 @@ def progress() -> Iterator[Report]:
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done, total=total or None)
 
         yield report
 
@@ -86,6 +86,6 @@ def _plain() -> Report:
         now = time.monotonic()
         if what not in last or done == total or now - last[what] >= PLAIN_EVERY_S:
             last[what] = now
-            print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
+            print(f"{what} {done}/{total}" if total else f"{what}: {done} done", file=sys.stderr, flush=True)
 
     return report

@@ -1,5 +1,6 @@
 """`qcore pipeline`: run the release pipeline on this machine, or compile it for a cluster."""
 
+import json
 import os
 import re
 from datetime import UTC, datetime
@@ -122,6 +123,7 @@ def _facts(finished: "ReleaseRun", installed: "Installed | None") -> dict[str, o
         "outcome": finished.outcome,
         "decision": finished.decision.to_json(),
         "tasks": [{"name": r.name, "state": r.state, "seconds": r.seconds} for r in finished.tasks],
+        "breaches": _breaches(finished),
         "seconds": finished.seconds,
         "folder": str(finished.folder),
         "package": str(finished.package) if finished.package else None,
@@ -131,12 +133,20 @@ def _facts(finished: "ReleaseRun", installed: "Installed | None") -> dict[str, o
     }
 
 
+def _breaches(finished: "ReleaseRun") -> list[object]:
+    """Return where the quantized model is not what its target wants."""
+    found: list[object] = json.loads(finished.output("quantize", "summary").read_bytes())["breaches"]
+    return found
+
+
 def _print_run(finished: "ReleaseRun", installed: "Installed | None") -> None:
     from qcore.steps import load_report
 
     print_report(load_report(finished.output("evaluate", "report")))
     print_decision(finished.decision)
     facts = {"run": str(finished.folder), "time": f"{finished.seconds:.1f} s"}
+    if breaches := _breaches(finished):
+        facts["target"] = f"the model breaks its profile in {len(breaches)} places; `qcore lint` names them"
     if finished.package is not None:
         facts["package"] = f"{finished.package} ({size(finished.package.stat().st_size)} to download)"
     if installed is not None:

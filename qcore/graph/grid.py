@@ -84,7 +84,10 @@ def grid_nodes(
 
 def _refusal(node: ir.Node, reference: ir.Node) -> str | None:
     weight, wanted = _stored_behind(node, 1), constant_array(reference.inputs[1])
-    if weight is None or wanted is None or weight.shape is None or tuple(weight.shape) != wanted.shape:
+    if wanted is None:
+        first = constant_array(reference.inputs[0])
+        return "both its inputs are activations" if first is None else "its first input is the constant one"
+    if weight is None or weight.shape is None or tuple(weight.shape) != wanted.shape:
         return "its weights are not integers"
     if node.op_type == "Conv" and wanted.ndim not in (3, 4):
         return "it is not a convolution in one or two dimensions"

@@ -37,12 +37,14 @@ class Dot:
 class Curve:
     """All trials of a search in order, and the position of the chosen one.
 
-    `measure` names the error, `limit` is its budget where that is a number; `rows` are the layers as (name, op type,
-    precision, error of the model with it alone in few bits), `facts` what was measured.
+    `base` is what layers run in that are not promoted; `measure` names the error, `limit` is its budget where that is a
+    number; `rows` are the layers as (name, op type, precision, error of the model with it alone in few bits), `facts`
+    what was measured.
     """
 
     title: str
     why: str
+    base: str
     met: bool
     measure: str
     limit: float | None

@@ -20,9 +20,9 @@ from qcore.steps.tries import (
 )
 
 if TYPE_CHECKING:
-    from qcore.compression import Recipe
     from qcore.gate import GatePolicy
     from qcore.ladder import Attempt, Climb
+    from qcore.recipe import Recipe
     from qcore.report import EvaluationReport, GateDecision
 
 
@@ -103,7 +103,7 @@ def compress_auto(
     written = model_of(bench, chosen)
     write_atomic(out, written)
     forget_models(bench)
-    summary = summary_of(out, raw, written, chosen.steps, recipe=chosen.recipe, target=bench.target.name)
+    summary = summary_of(out, raw, written, chosen.steps, recipe=chosen.recipe, target=bench.target)
     found = run.found[0] if run.found else None
     return AutoSummary(written=summary, climb=result, judged_on=bench.judged.split, mixed=found)
 
@@ -151,7 +151,7 @@ def _more_bits(run: _Run, recipe: "Recipe") -> "tuple[Recipe | None, str]":
     from qcore.ladder import obstacle_of
 
     if not run.bench.target.mixed:
-        return None, f"{run.bench.target.name} allows nothing besides int8"
+        return None, f"{run.bench.target.name} allows no other precision"
 
     def holds(tried: Tried) -> bool:
         decision = _decided(tried.report, run.policy)

@@ -117,7 +117,11 @@ def plan_file(*, model: str, patterns: Sequence[str]) -> Json:
         patterns: as `tensors` of `calibrate`.
 
     Returns:
-        `names` of the tensors, the fixed `batch` of the model (1 if it has none), and the file's `sha256`.
+        `names` of the tensors, the fixed `batch` of the model (1 if it has none), the file's `sha256`, and in words
+        which initializer is not finite (`suspect`, null if none).
+
+    Raises:
+        ModelError: the file is not a model, or a weight is NaN or infinite.
     """
     from qcore.graph.io import parse_model, read_model_bytes
 
@@ -169,8 +173,11 @@ def _planned(model: Path, patterns: Sequence[str], shapes: Mapping[str, Sequence
 
 def _plan(raw: bytes, model: "ir.Model", patterns: Sequence[str]) -> Json:
     from qcore.canonical import sha256_bytes
+    from qcore.graph.finite import non_finite_initializer, refuse_non_finite_weights
 
-    return {"names": _names_of(model, patterns), "batch": _batch_of(model), "sha256": sha256_bytes(raw)}
+    refuse_non_finite_weights(model)
+    own = {"suspect": non_finite_initializer(model), "sha256": sha256_bytes(raw)}
+    return {**own, "names": _names_of(model, patterns), "batch": _batch_of(model)}
 
 
 def _cut(raw: bytes, plan: Json, shapes: Mapping[str, Sequence[int]], folder: Path) -> Json:
@@ -278,15 +285,21 @@ def _summed(progress: Progress, total: int) -> Callable[[int], None]:
 
 def _count_lane(run: _Run, what: Counted) -> "CalibrationTable":
     from qcore.calibration import calibrate as count
+    from qcore.errors import CalibrationError, NotFiniteError
 
     dataset, options, shard = what
-    return count(
-        _activations(run, what),
-        model_sha256=run.plan["sha256"],
-        data_sha256=dataset.sha256,
-        options=options,
-        shard=shard,
-    )
+    try:
+        return count(
+            _activations(run, what),
+            model_sha256=run.plan["sha256"],
+            data_sha256=dataset.sha256,
+            options=options,
+            shard=shard,
+        )
+    except NotFiniteError as e:
+        if run.plan["suspect"] is None:
+            raise
+        raise CalibrationError(f"{e}; but {run.plan['suspect']}, which is the likelier cause: look there first") from e
 
 
 def _activations(run: _Run, what: Counted) -> "Iterator[tuple[int, Tensors]]":

@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qcore.calibration import CalibrationTable
-    from qcore.compression import AppliedStep, Recipe
+    from qcore.compression import AppliedStep
     from qcore.data.dataset import Dataset
+    from qcore.lint import Finding
+    from qcore.recipe import Recipe
     from qcore.recovery import Evidence
+    from qcore.target import TargetProfile
 
 RECOVERY_BATCH = 8
 HELD_OUT = 4  # one batch in so many judges
@@ -24,7 +27,10 @@ ANY_TARGET = "x86-avx2"  # a recipe without quantize does not look at it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompressionSummary:
-    """A written model: where, its digest and size, and what each step did."""
+    """A written model: where, its digest and size, what each step did, and where it is not what the target wants.
+
+    `breaches` are what `qcore lint` finds; none where the recipe does not look at the target.
+    """
 
     output: Path
     sha256: Digest
@@ -34,6 +40,7 @@ class CompressionSummary:
     recipe_sha256: Digest
     target: str
     steps: "tuple[AppliedStep, ...]"
+    breaches: "tuple[Finding, ...]" = ()
 
     def to_json(self) -> Json:
         """Return the JSON form of `--json`."""
@@ -49,19 +56,21 @@ class CompressionSummary:
                 {
                     "method": s.method,
                     "kept": s.kept,
+                    "reason": s.reason,
                     "error": None if s.error_after is None else {"before": s.error_before, "after": s.error_after},
                     "changed": list(s.changed),
                     "skipped": [{"node": k.node, "op_type": k.op_type, "reason": k.reason} for k in s.skipped],
                 }
                 for s in self.steps
             ],
+            "breaches": [b.to_json() for b in self.breaches],
         }
 
 
 def prune(*, model: Path, out: Path, sparsity: float = 0.5) -> CompressionSummary:
     """Return the summary of `out`: `model` with the fraction `sparsity` of every layer's weights set to zero."""
-    from qcore.compression import Recipe
     from qcore.config import check_config
+    from qcore.recipe import Recipe
 
     recipe = check_config(
         {"name": "prune", "steps": [{"method": "prune", "sparsity": sparsity}]}, Recipe, "prune options"
@@ -81,9 +90,9 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
     """
     from qcore.calibration import check_table, load_table
     from qcore.canonical import sha256_bytes
-    from qcore.compression import load_recipe
     from qcore.graph.io import parse_model, read_model_bytes
     from qcore.methods.prune import PruneStep
+    from qcore.recipe import load_recipe
     from qcore.recovery import Evidence
 
     refuse_overwrite(out, model, table, recipe, target)
@@ -120,8 +129,8 @@ def compress(
     Raises:
         ConfigError: the recipe needs calibration data and there are none. Data that it does not need are not read.
     """
-    from qcore.compression import load_recipe
     from qcore.data.dataset import open_dataset
+    from qcore.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     refuse_overwrite(out, model, recipe, target, data=data)
@@ -136,7 +145,10 @@ def compress(
 
 
 def gathered(model: "ir.Model", dataset: "Dataset", samples: bool, progress: Progress) -> "Evidence":
-    """Return what recipes may ask of `dataset`: one sample in four is held out; none are read unless `samples`."""
+    """Return what recipes may ask of `dataset`: one sample in four is held out, none of fewer than four.
+
+    None are read unless `samples`.
+    """
     from qcore.canonical import sha256_bytes
     from qcore.data.dataset import batches
     from qcore.graph.io import serialize_model
@@ -156,8 +168,8 @@ def gathered(model: "ir.Model", dataset: "Dataset", samples: bool, progress: Pro
     # Of few samples too some must be held out: then batches are smaller.
     size = loaded.fixed_batch or min(RECOVERY_BATCH, max(1, dataset.n // HELD_OUT))
     fed = [ort.feeds(loaded, batch) for batch in batches(dataset, size)] if samples else []
-    held_out = tuple(fed[HELD_OUT - 1 :: HELD_OUT]) or tuple(fed)  # too few samples to hold some out
-    fit = tuple(f for k, f in enumerate(fed) if (k + 1) % HELD_OUT) or tuple(fed)
+    held_out = tuple(fed[HELD_OUT - 1 :: HELD_OUT])
+    fit = tuple(f for k, f in enumerate(fed) if (k + 1) % HELD_OUT)
     return Evidence(table=table, fit=fit, held_out=held_out, batch=size, task=dataset.card.task)
 
 
@@ -186,14 +198,22 @@ def _written(
     written = serialize_model(result.model)
     refuse_unusable(written, f"the result of recipe {recipe.name} for {profile.name}")
     write_atomic(out, written)
-    return summary_of(out, raw, written, result.steps, recipe=recipe, target=profile.name)
+    return summary_of(out, raw, written, result.steps, recipe=recipe, target=profile)
 
 
 def summary_of(
-    out: Path, raw: bytes, written: bytes, steps: "tuple[AppliedStep, ...]", *, recipe: "Recipe", target: str
+    out: Path,
+    raw: bytes,
+    written: bytes,
+    steps: "tuple[AppliedStep, ...]",
+    *,
+    recipe: "Recipe",
+    target: "TargetProfile",
 ) -> CompressionSummary:
     """Return the summary of `written`, made from `raw`."""
     from qcore.canonical import sha256_bytes
+    from qcore.graph.io import parse_model
+    from qcore.lint import lint
 
     return CompressionSummary(
         output=out,
@@ -202,8 +222,9 @@ def summary_of(
         input_size_bytes=len(raw),
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
-        target=target if recipe.reads_target else "any",
+        target=target.name if recipe.reads_target else "any",
         steps=steps,
+        breaches=lint(parse_model(written, str(out)), target) if recipe.reads_target else (),
     )
 
 

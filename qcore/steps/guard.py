@@ -6,7 +6,7 @@ from pathlib import Path
 from qcore.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, and of how many."""
+"""Called with what is being done, how much is done, and of how many; 0 where nobody can know."""
 
 
 def silent(what: str, done: int, total: int) -> None:

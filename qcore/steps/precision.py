@@ -15,8 +15,8 @@ from qcore.steps.search import SENSITIVITY_SAMPLES, prepare, rank_layers
 from qcore.steps.tries import Bench, Tried, forget_models, journal_path, model_of, open_bench, try_recipe
 
 if TYPE_CHECKING:
-    from qcore.compression import Recipe
     from qcore.mixed_precision import Assignment, PrecisionSearch, Trial
+    from qcore.recipe import Recipe
     from qcore.sensitivity import Sensitivity
 
 PRECISION_SCHEMA = "qcore.precision/1"
@@ -30,7 +30,7 @@ _ROUNDING = 1e-12  # of a share that was computed in float64
 class Found:
     """What a search found: its trials, the layers by sensitivity, and the recipe that was chosen, as it was tried.
 
-    `layers` are empty where int8 holds everywhere.
+    `layers` are empty where the recipe holds as it is.
     """
 
     search: "PrecisionSearch"
@@ -42,12 +42,14 @@ class Found:
 class MixedSummary:
     """The written model (None if the budget does not hold), the search that led to it, and where both are told.
 
-    `measure` says what the error of a trial is; `judged_on` and `samples` on what it was measured.
+    `measure` says what the error of a trial is; `judged_on` and `samples` on what it was measured; `base` what layers
+    run in that are not promoted ("int8", or such as "w4a8": 4-bit weights, 8-bit activations).
     """
 
     written: CompressionSummary | None
     found: Found
     measure: str
+    base: str
     target: str
     judged_on: str
     samples: int
@@ -69,10 +71,11 @@ class MixedSummary:
             "schema": PRECISION_SCHEMA,
             **self.found.search.to_json(),
             "measure": self.measure,
+            "base": self.base,
             "target": self.target,
             "model": {"sha256": self.model_sha256},
             "data": {"sha256": self.data_sha256, "split": self.judged_on, "n": self.samples},
-            "layers": [{**asdict(s), "precision": precision.get(s.node, "int8")} for s in self.found.layers],
+            "layers": [{**asdict(s), "precision": precision.get(s.node, self.base)} for s in self.found.layers],
             "recipe": self.found.tried.recipe.model_dump(mode="json"),
             "written": None if self.written is None else self.written.to_json(),
             "qcore_version": __version__,
@@ -121,9 +124,10 @@ def mixed_precision(
     Raises:
         ConfigError: the budget does not fit the data, or a file is wrong.
     """
-    from qcore.compression import load_recipe
     from qcore.files import write_atomic, write_json
     from qcore.graph.io import read_model_bytes
+    from qcore.ladder import precision_of
+    from qcore.recipe import load_recipe
 
     report, page = pareto_paths(out)
     for path in (out, report, page, journal_path(out)):
@@ -139,11 +143,12 @@ def mixed_precision(
         chosen = model_of(bench, found.tried)
         refuse_unusable(chosen, "the chosen model")
         write_atomic(out, chosen)
-        written = summary_of(out, raw, chosen, found.tried.steps, recipe=found.tried.recipe, target=bench.target.name)
+        written = summary_of(out, raw, chosen, found.tried.steps, recipe=found.tried.recipe, target=bench.target)
     summary = MixedSummary(
         written=written,
         found=found,
         measure=budget.measure,
+        base=precision_of(loaded, bench.target),
         target=bench.target.name,
         judged_on=bench.judged.split,
         samples=bench.judged.n,
@@ -172,7 +177,7 @@ class Budget:
 def search_on(bench: Bench, recipe: "Recipe", budget: Budget, samples: int = SENSITIVITY_SAMPLES) -> Found:
     """Return what a search of `recipe` with some layers in more bits finds for `budget`.
 
-    Layers are ranked, on so many `samples` of the bench, only where int8 does not hold everywhere.
+    Layers are ranked, on so many `samples` of the bench, only where the recipe does not hold as it is.
     """
     from qcore.data.dataset import some_samples
     from qcore.ladder import with_precisions
@@ -192,7 +197,7 @@ def search_on(bench: Bench, recipe: "Recipe", budget: Budget, samples: int = SEN
             tried = at(assignment)
         except ModelError:  # NaN or infinity, as where float16 overflows; if nothing else is left, it is raised again
             return Trial(error=math.inf, size_bytes=0, holds=False)
-        bench.progress("trying precisions", count, count)
+        bench.progress("trying precisions", count, 0)  # how many there will be depends on what they show
         latency = tried.report.model.latency_ms.p50 if bench.timed else None
         return Trial(
             error=budget.error(tried), size_bytes=tried.size_bytes, holds=budget.holds(tried), latency_ms=latency
@@ -280,12 +285,13 @@ def precision_page(summary: MixedSummary, limit: float | None) -> str:
         Curve(
             title=f"Mixed precision for {summary.target}",
             why=search.why,
+            base=summary.base,
             met=search.met,
             measure=summary.measure,
             limit=limit,
             dots=dots,
             chosen=search.attempts.index(search.chosen),
-            rows=tuple((s.node, s.op_type, chosen.get(s.node, "int8"), s.error) for s in layers),
+            rows=tuple((s.node, s.op_type, chosen.get(s.node, summary.base), s.error) for s in layers),
             facts={
                 "float model": f"sha256 {summary.model_sha256}",
                 "judged on": f"{summary.samples} samples of {summary.judged_on}, sha256 {summary.data_sha256}",

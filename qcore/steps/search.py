@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qcore.calibration import CalibrationTable
-    from qcore.compression import Recipe, Shared
+    from qcore.compression import Shared
     from qcore.data.dataset import Dataset
     from qcore.methods.quantize import QuantizeStep
+    from qcore.recipe import Recipe
     from qcore.recovery import Evidence
     from qcore.runtime.ort import Predict
     from qcore.sensitivity import Sensitivity, SensitivityReport, SmallSet
@@ -73,10 +74,10 @@ def sensitivity(
         precision: what the one layer runs in.
         progress: told how far it is.
     """
-    from qcore.compression import load_recipe
     from qcore.data.dataset import open_dataset, some_samples
     from qcore.files import write_json
     from qcore.graph.io import parse_model, read_model_bytes
+    from qcore.recipe import load_recipe
     from qcore.sensitivity import SensitivityReport
     from qcore.target import load_target
 
@@ -125,10 +126,12 @@ def prepare(
     Raises:
         ConfigError: the recipe does not quantize.
     """
-    from qcore.compression import AFTER, asked_of, compress
+    from qcore.compression import asked_of, compress
     from qcore.graph.traverse import node_name
     from qcore.methods.quantize import quantize
+    from qcore.recipe import AFTER
     from qcore.runtime.ort import runtime_version
+    from qcore.trials import source_sha256
 
     if (step := recipe.quantize_step) is None:
         raise ConfigError(f"recipe {recipe.name} does not quantize; allowed: a recipe with a quantize step")
@@ -137,14 +140,14 @@ def prepare(
     table, asked = evidence.table(reference), asked_of(target, recipe)
     changed = quantize(reference, step, asked, table).changed
     types = {node_name(n): n.op_type for n in reference.graph}
-    known = [*origin, floats.sha256, target.sha256, sha256_json(table.to_json()), __version__, runtime_version()]
+    known = [*origin, floats.sha256, target.sha256, sha256_json(table.to_json()), source_sha256()]
     return Prepared(
         model=reference,
         step=step,
         target=asked,
         table=table,
         nodes={n: types[n] for n in changed},
-        sha256=sha256_json(known),
+        sha256=sha256_json([*known, runtime_version()]),
     )
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcore import __version__
 from qcore.canonical import Digest, Json, sha256_bytes, sha256_json
 from qcore.errors import ConfigError
 from qcore.steps.compression import gathered, refuse_unusable
@@ -19,8 +18,9 @@ from qcore.steps.judgement import BRIEF, ONE_RUN, TIMING, Judge, judge_of, judge
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from qcore.compression import AppliedStep, Compressed, Recipe, Shared
+    from qcore.compression import AppliedStep, Compressed, Shared
     from qcore.data.dataset import Dataset
+    from qcore.recipe import Recipe
     from qcore.recovery import Evidence
     from qcore.report import EvaluationReport
     from qcore.target import TargetProfile
@@ -106,11 +106,14 @@ def open_bench(
 
     from qcore.compression import Shared
     from qcore.data.dataset import open_dataset
+    from qcore.graph.finite import refuse_non_finite_weights
     from qcore.graph.io import parse_model
     from qcore.runtime.ort import runtime_version
     from qcore.target import is_host, load_target
+    from qcore.trials import source_sha256
 
     model, profile, dataset = parse_model(raw, name), load_target(target), open_dataset(data, split)
+    refuse_non_finite_weights(model)  # before the float model is judged: its outputs would say less
     judging = open_dataset(data, judged_on or _judging(dataset))
     timed = times or is_host(profile)
     timing = TIMING if times else BRIEF if timed else ONE_RUN
@@ -126,7 +129,7 @@ def open_bench(
         judge=cache(partial(judge_of, raw, judging, timing, progress)),
         shared=Shared(told=lambda method, done, total: progress(f"step {method}", done, total)),
         out=out,
-        key=sha256_json(["recipes", *known, __version__, runtime_version()]),
+        key=sha256_json(["recipes", *known, source_sha256(), runtime_version()]),
         progress=progress,
     )
 

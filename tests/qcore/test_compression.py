@@ -14,12 +14,13 @@ from quantizing import profile, samples
 from recovering import Net, evidence_of, images, outlier_net, parsed, recipe_with
 from transformers import EncoderShape, encoder, encoder_input, exported_encoder, with_outliers
 
-from qcore.compression import Recipe, check_order, compress, load_recipe
+from qcore.compression import compress
 from qcore.config import check_config
 from qcore.errors import ConfigError
 from qcore.graph.io import serialize_model
 from qcore.lint import lint
 from qcore.methods.correct_bias import correct_bias
+from qcore.recipe import Recipe, check_order, load_recipe
 from qcore.recovery import output_distance
 from qcore.refinement import refine_layers
 from qcore.target import load_target
@@ -155,13 +156,13 @@ def test_what_helps_only_the_samples_it_was_fitted_to_is_not_kept(step):
 @pytest.mark.parametrize("target", ["npu-int8-symmetric", "x86-vnni"])
 def test_transformers_are_mended_too(step, target):
     if step["method"] == "round-weights":
-        step = {**step, "gain": False}  # a LayerNormalization restores what has faded
+        step = {**step, "gain": 0}  # a LayerNormalization restores what has faded
     shape = EncoderShape()
     proto, x = encoder(0, shape), encoder_input(shape, n=64)
     made = compress(parsed(proto), recipe_with(step, weight_bits=4), load_target(target), evidence_of(x))
     read(made.model)
     mended = step_of(made, step["method"])
-    stacks = {s.node for s in mended.skipped if s.reason == "its weights are not integers"}
+    stacks = {s.node for s in mended.skipped if s.reason == "both its inputs are activations"}
     assert stacks == {"layer0.attention.scores", "layer0.attention.mix"}
     if step["method"] == "round-weights":
         assert mended.kept
@@ -220,6 +221,17 @@ def test_layers_without_a_bias_get_one(target):
     layers = [n for n in read(made.model).graph.node if n.op_type in ("Conv", "Gemm")]
     assert step_of(made, "correct-bias").kept
     assert [len(n.input) for n in layers] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("int4", 4)])
+def test_four_bits_take_half_a_byte_only_where_the_target_stores_them_so(weights, bits):
+    recipe = load_recipe("int4-rounded")
+    assert "A weight still takes one byte" in recipe.description
+    target = profile("npu-int8-symmetric", weights=weights)
+    graph = read(compress(parsed(outlier_net()), recipe, target, evidence_of(images())).model).graph
+    stored = [i for i in graph.initializer if len(i.dims) > 1]
+    assert stored
+    assert {8 * len(i.raw_data) // np.prod(i.dims) for i in stored} == {bits}
 
 
 def steps_of(*methods):

@@ -246,3 +246,26 @@ def test_the_command_line_says_what_is_wrong_and_exits_with_one(tmp_path, capsys
     good = save(written(quantized(conv_net(), "x86-vnni")), tmp_path / "good.onnx")
     assert run(["lint", "--model", str(good), "--target", "x86-vnni"]) == 0
     assert "0 findings" in capsys.readouterr().out
+
+
+def test_compress_names_every_breach_that_lint_finds_and_writes_all_the_same(tmp_path, capsys):
+    model = save(transformer(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=np.random.default_rng(0).standard_normal((16, 5, 8)).astype(np.float32))
+    (tmp_path / "d.yaml").write_text(
+        "name: d\npath: d.npz\ntask: none\ninputs: {x: x}\nsplits:\n  calibration: {fraction: 1.0}\n"
+    )
+    files = ["--model", str(model), "--data", str(tmp_path / "d.yaml"), "--out", str(tmp_path / "q.onnx")]
+    assert run(["compress", *files, "--target", "fixed-point-pow2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["breaches"]
+    found = steps.lint(model=tmp_path / "q.onnx", target="fixed-point-pow2").findings
+    assert told == [f.to_json() for f in found]
+    assert ("unsupported-op", "norm") in {(b["rule"], b["where"]) for b in told}
+    assert run(["compress", *files, "--target", "fixed-point-pow2"]) == 0
+    shown = capsys.readouterr().out
+    assert f"Not as fixed-point-pow2 wants it ({len(found)} findings" in shown
+    assert "LayerNormalization" in shown.split("Not as")[1]
+    assert run(["compress", *files, "--target", "npu-int8-symmetric"]) == 0
+    assert "Not as" not in capsys.readouterr().out
+    # a recipe that does not look at the target claims nothing about it
+    assert run(["compress", *files, "--recipe", "float16", "--target", "fixed-point-pow2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["breaches"] == []

@@ -93,13 +93,31 @@ def test_nothing_is_promoted_where_int8_will_do():
     assert result.met
     assert result.chosen.precision == {}
     assert len(result.attempts) == 1
-    assert result.why == "int8 everywhere: error 2, at most 2"
+    assert result.why == "the recipe everywhere: error 2, at most 2"
 
 
 def test_a_device_without_other_precisions_cannot_be_helped():
     result = search_precision(["n0"], additive([1], [], 0.5), (), "it")
     assert not result.met
-    assert "the device allows nothing besides int8" in result.why
+    assert "the device allows nothing besides what the recipe gives" in result.why
+
+
+def test_a_choice_that_another_trial_beats_says_so():
+    """On tiny nets the scales of integers take more bytes than the weights, and float is exact."""
+
+    def run(assignment):
+        left = 2 - len(assignment)
+        return Trial(error=float(left), size_bytes=1000 + 100 * left, holds=left < 2)
+
+    result = search_precision(["n0", "n1"], run, ("float",), "it")
+    assert result.met
+    assert len(result.chosen.precision) == 1
+    assert result.why.startswith(
+        "1 in float of 2 layers: error 1, it; 2 in float of 2 layers is better in all that was"
+    )
+    assert "(error 0, 1,000 bytes against 1,100)" in result.why
+    value = result.to_json()
+    assert value["attempts"][value["dominated_by"]]["precision"] == {"n0": "float", "n1": "float"}
 
 
 def test_levels_mix_where_only_the_most_sensitive_need_the_highest():
@@ -111,6 +129,8 @@ def test_levels_mix_where_only_the_most_sensitive_need_the_highest():
     value = result.to_json()
     assert value["attempts"][value["pareto"][0]]["precision"] == {}
     assert value["attempts"][value["chosen"]]["precision"] == dict(result.chosen.precision)
+    assert value["dominated_by"] is None
+    assert "better in all" not in result.why
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +230,7 @@ def test_what_cannot_be_met_writes_no_model_but_the_curve(outliers, tmp_path):
 def test_where_int8_holds_no_layer_is_ranked(outliers, tmp_path):
     arguments = {**outliers, "recipe": "int8-equalized", "max_drop": 0.5}
     result = steps.mixed_precision(**arguments, out=tmp_path / "q.onnx")
-    assert result.found.search.why.startswith("int8 everywhere: error")
+    assert result.found.search.why.startswith("the recipe everywhere: error")
     assert result.found.layers == ()
     assert len(steps.journal_path(tmp_path / "q.onnx").read_bytes().splitlines()) == 1
     assert result.written.recipe == "int8-equalized"
@@ -291,7 +311,8 @@ def test_the_command_says_the_same_to_people_and_machines(unlabelled, tmp_path):
     out = tmp_path / "q.onnx"
     shown = subprocess.run(mixed(unlabelled, out, "--max-error", "0.02"), capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
-    assert "trying precisions" in shown.stderr
+    assert "trying precisions: 1 done" in shown.stderr
+    assert "trying precisions 1/1" not in shown.stderr
     told = subprocess.run(
         mixed(unlabelled, out, "--max-error", "0.02", "--json"), capture_output=True, text=True, check=False
     )
@@ -300,11 +321,12 @@ def test_the_command_says_the_same_to_people_and_machines(unlabelled, tmp_path):
     assert stored == {k: v for k, v in value.items() if k not in ("output", "report", "page")}
     assert value["schema"] == "qcore.precision/1"
     assert value["met"] is True
+    assert value["base"] == "w2a8"  # not int8: the recipe gives weights two bits
     chosen = value["attempts"][value["chosen"]]
     assert chosen["holds"] is True
     assert chosen["error"] <= 0.02
     assert value["written"]["size_bytes"] == chosen["size_bytes"] == out.stat().st_size
-    assert {s["node"]: s["precision"] for s in value["layers"] if s["precision"] != "int8"} == chosen["precision"]
+    assert {s["node"]: s["precision"] for s in value["layers"] if s["precision"] != "w2a8"} == chosen["precision"]
     assert all(node in shown.stdout for node in chosen["precision"])
     assert value["why"] in " ".join(shown.stdout.split())
     assert f"Pareto front of {len(value['attempts'])} trials" in shown.stdout

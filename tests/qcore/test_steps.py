@@ -64,6 +64,35 @@ def test_sparse_recipes_prune_before_they_calibrate(inputs, tmp_path):
         steps.quantize(model=model, table=tmp_path / "no.json", out=tmp_path / "q.onnx", recipe="sparse50-int8")
 
 
+@pytest.mark.parametrize(("n", "batch"), [(1, "N"), (3, "N"), (4, "N"), (5, "N"), (24, 8)])
+@pytest.mark.parametrize("recipe", ["int8-rounded", "int8-equalized"])
+def test_recovery_that_nobody_can_judge_is_not_kept(n, batch, recipe, tmp_path):
+    proto = conv_net(batch=batch)
+    model, card = save(proto, tmp_path / "m.onnx"), write_data(tmp_path, conv_net())
+    card.write_text(card.read_text().replace("[0, 40]", f"[0, {n}]"))
+    options = {"model": model, "data": card, "target": "x86-vnni"}
+    summary = steps.compress(**options, out=tmp_path / "q.onnx", recipe=recipe)
+    plain = steps.compress(**options, out=tmp_path / "p.onnx", recipe="int8")
+    mending = [s for s in summary.to_json()["steps"] if s["method"] in ("equalize", "correct-bias", "round-weights")]
+    assert mending
+    if n in (4, 5):
+        assert all(s["error"] is not None and s["reason"] is None for s in mending)
+        return
+    have = "3 batches of 8" if batch == 8 else f"{n} samples"
+    for s in mending:
+        assert (s["kept"], s["changed"], s["error"]) == (False, [], None)
+        assert s["reason"] == f"not judged: of {have} none can be held out; at least 4 are needed"
+    assert recipe != "int8-rounded" or summary.sha256 == plain.sha256
+
+
+def test_a_ladder_on_too_few_samples_keeps_no_recovery(inputs, tmp_path):
+    model, card = inputs
+    few = tmp_path / "few.yaml"
+    few.write_text(card.read_text().replace("[0, 40]", "[0, 2]").replace("tiny.npz", str(card.parent / "tiny.npz")))
+    result = steps.compress_auto(model=model, data=few, out=tmp_path / "q.onnx", target="x86-vnni")
+    assert all(s.kept is (s.reason is None) for s in result.written.steps)
+
+
 def test_nothing_asked_of_prune_gives_the_same_bytes(inputs, tmp_path):
     model, _ = inputs
     assert steps.prune(model=model, out=tmp_path / "p.onnx", sparsity=0.0).sha256 == sha256_file(model)

@@ -12,6 +12,7 @@ def curve(**changes):
     made = {
         "title": "Mixed precision for <here>",
         "why": "2 in int16",
+        "base": "int8",
         "met": True,
         "measure": "drop",
         "limit": 0.05,

@@ -13,6 +13,7 @@ from models import conv_net, save, write_data
 from recovering import outlier_net
 
 from qcore import compression, steps
+from qcore.canonical import sha256_json
 from qcore.cli.main import run
 from qcore.errors import ConfigError
 from qcore.files import sha256_file
@@ -208,6 +209,8 @@ def test_a_journal_of_a_machine_that_computes_otherwise_is_refused(inputs, tmp_p
     for e in entries:
         if "sha256" in e["result"]:
             e["result"]["sha256"] = "0" * 64
+        own = {k: e[k] for k in ("key", "trial", "result")}
+        e["sha256"] = sha256_json(own)
     journal.write_text("".join(json.dumps(e) + "\n" for e in entries))
     with pytest.raises(ConfigError, match=r"gives other bytes than journal .* remembers; delete the journal"):
         steps.compress_auto(**arguments)
@@ -267,6 +270,18 @@ def test_the_command_says_what_was_tried(inputs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Ladder, judged on evaluation" in printed
     assert "stopped: auto-per-tensor is the first" in printed
+    assert f" {value['ladder'][0]['error']:.3g} " in printed
+
+
+def test_small_held_out_errors_are_told_apart(inputs, tmp_path, capsys):
+    recovery = ("--recipe", "int8-rounded", "--target", "x86-vnni")
+    assert command(inputs, tmp_path / "q.onnx", *recovery, "--json") == 0
+    errors = [s["error"] for s in json.loads(capsys.readouterr().out)["steps"] if s["error"]]
+    assert errors
+    assert any(e["after"] < 1e-3 for e in errors)
+    assert command(inputs, tmp_path / "q.onnx", *recovery) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{e['before']:.3g} -> {e['after']:.3g}" in printed for e in errors)
 
 
 @pytest.mark.parametrize(

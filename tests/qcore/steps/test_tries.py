@@ -3,8 +3,8 @@
 from models import conv_net, save, write_data
 
 from qcore import steps
-from qcore.compression import load_recipe
 from qcore.graph.io import read_model_bytes
+from qcore.recipe import load_recipe
 from qcore.steps import tries
 from qcore.steps.guard import silent
 

@@ -1,0 +1,1 @@
+"""Everything that needs torch: ONNX graphs run and trained in it, and their weights written back."""
