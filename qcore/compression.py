@@ -8,18 +8,20 @@ from typing import assert_never
 import numpy as np
 import onnx_ir as ir
 
+from qcore.channel_pruning import prune_channels
 from qcore.config import Config
 from qcore.errors import ConfigError
 from qcore.graph.finite import refuse_non_finite_weights
 from qcore.graph.fold import fold_batchnorm
 from qcore.graph.head import conv_head_to_gemm
-from qcore.graph.rewrite import Rewrite, Skipped
+from qcore.graph.rewrite import Resized, Rewrite, Skipped
 from qcore.methods.absorb_bias import AbsorbBiasStep, absorb_bias, activations_to_absorb
 from qcore.methods.correct_bias import CorrectBiasStep, correct_bias, correct_bias_analytically, inputs_of_layers
 from qcore.methods.dynamic import QuantizeDynamicStep, quantize_dynamic
 from qcore.methods.equalize import EqualizeStep, equalize
 from qcore.methods.half import Float16Step, to_float16
 from qcore.methods.prune import PruneStep, prune
+from qcore.methods.prune_channels import PruneChannelsStep
 from qcore.methods.quantize import QuantizeStep, quantize
 from qcore.methods.round_weights import RoundWeightsStep, round_weights
 from qcore.methods.smooth import SmoothStep, smooth, tensors_to_smooth
@@ -36,7 +38,7 @@ class AppliedStep:
 
     For a recovery step `error_before` and `error_after` are the distances of the quantized model from the float one on
     held-out samples, without and with the step, and `kept` says whether it is in the result; `reason` says why not
-    where nothing was measured.
+    where nothing was measured. `resized` says what became smaller, where that is the aim of the step.
     """
 
     method: str
@@ -46,6 +48,7 @@ class AppliedStep:
     error_before: float | None = None
     error_after: float | None = None
     reason: str | None = None
+    resized: tuple[Resized, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,15 +105,17 @@ def compress(
                 model, done = _prepare(run, model, step)
             case QuantizeStep():
                 reference, rewrite = model, _quantized(run, model)
-                model = rewrite.model
-                done = AppliedStep(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped)
+                model, done = _plainly(step.method, rewrite)
             case CorrectBiasStep() | RoundWeightsStep():
                 model, done = _mend(run, model, reference, step)
                 kept += [step] if done.kept else []
+            case PruneChannelsStep():
+                trials = partial(shared.told, f"{step.method}, trials")
+                make = partial(prune_channels, model, step, _known(run), told=trials)
+                model, done = _plainly(step.method, _once(run, model, step, make))
             case _:
-                rewrite = _once(run, model, step, partial(apply_step, model, step, target))
-                model = rewrite.model
-                done = AppliedStep(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped)
+                make = partial(apply_step, model, step, target)
+                model, done = _plainly(step.method, _once(run, model, step, make))
         applied.append(done)
     if kept:
         model = _of_all_samples(run, model, reference, kept)
@@ -181,6 +186,12 @@ def _unjudged(run: _Run, step: BEFORE | AFTER) -> AppliedStep | None:
     have = f"{len(evidence.fit)} batches of {evidence.batch}" if evidence.batch > 1 else f"{len(evidence.fit)} samples"
     reason = f"not judged: of {have} none can be held out; at least 4 are needed"
     return AppliedStep(method=step.method, changed=(), skipped=(), kept=False, reason=reason)
+
+
+def _plainly(method: str, rewrite: Rewrite) -> tuple[ir.Model, AppliedStep]:
+    """Return the model of a step that nobody judges, and the step as it went."""
+    done = AppliedStep(method=method, changed=rewrite.changed, skipped=rewrite.skipped, resized=rewrite.resized)
+    return rewrite.model, done
 
 
 def _prepare(run: _Run, model: ir.Model, step: BEFORE) -> tuple[ir.Model, AppliedStep]:

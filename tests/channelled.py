@@ -184,10 +184,10 @@ BLOCKS = ("plain", "residual", "separable", "grouped", "joined", "halves", "move
 WAYS = ("Flatten", "literal", "zero", "minus")
 
 
-def grown(seed: int, blocks: list[str], head: str) -> onnx.ModelProto:
+def grown(seed: int, blocks: list[str], head: str, width: int = 8) -> onnx.ModelProto:
     """Return a net of `blocks` with a head: pooled, or flattened in one of `WAYS`."""
     net = Wide(seed, size=4)
-    net.conv(8)
+    net.conv(width)
     for block in blocks:
         getattr(net, block)()
     return net.head() if head == "pooled" else net.flat_head(head)

@@ -33,11 +33,33 @@ def quantize(
 def prune(
     model: opt.Model,
     out: opt.Out,
-    sparsity: Annotated[float, typer.Option(help="Fraction of every layer's weights to zero, in [0, 1).")] = 0.5,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of every layer's weights to zero, in [0, 1); 0.5 by default.")
+    ] = None,
+    macs: Annotated[
+        float | None, typer.Option(help="Remove channels: share of the multiply-accumulates to keep, e.g. 0.6.")
+    ] = None,
+    size: Annotated[float | None, typer.Option(help="Remove channels: share of the file size to keep.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Remove channels: share of the latency here to keep.")] = None,
+    data: opt.PruningData = None,
+    split: opt.CalibrationSplit = "calibration",
     as_json: opt.AsJson = False,
 ) -> None:
-    """Set the smallest weights of every layer to zero."""
-    _print_summary(steps.prune(model=model, out=out, sparsity=sparsity), as_json)
+    """Set the smallest weights of every layer to zero, or remove whole channels down to a budget."""
+    if macs is None and size is None and latency is None:
+        if data is not None:
+            raise ConfigError("--data is for removing channels; add one of --macs, --size and --latency")
+        _print_summary(steps.prune(model=model, out=out, sparsity=0.5 if sparsity is None else sparsity), as_json)
+        return
+    if sparsity is not None:
+        raise ConfigError("--sparsity zeroes weights, --macs, --size and --latency remove channels; pass one of them")
+    if data is None:
+        raise ConfigError("removing channels measures what is lost and got no data; pass --data CARD")
+    with progress() as report:
+        summary = steps.prune_channels(
+            model=model, data=data, out=out, macs=macs, size=size, latency=latency, split=split, progress=report
+        )
+    _print_summary(summary, as_json)
 
 
 def compress(
@@ -212,6 +234,9 @@ def _print_summary(summary: steps.CompressionSummary, as_json: bool) -> None:
     if reasons:
         print_table("Left alone", ("op", "nodes", "why"), [(op, str(n), why) for (op, why), n in reasons.items()])
     print_breaches(summary)
+    if resized := [r for s in summary.steps for r in s.resized]:
+        shown = [(r.of, r.what, f"{r.before:.4g}", f"{r.after:.4g}", percent(r.after / r.before)) for r in resized]
+        print_table("Smaller", ("node", "what", "before", "after", ""), shown)
     ratio = summary.size_bytes / summary.input_size_bytes
     print(f"{summary.output}: {size(summary.size_bytes)}, {percent(ratio)} of {size(summary.input_size_bytes)}")
 

@@ -13,10 +13,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcore.graph.label_rules import follow
-from qcore.graph.labels import Classes, Count, Ints, Labels, because_of, classes_of
+from qcore.graph.labels import Classes, Count, Ints, Labels, because_of, classes_of, known_dims
 from qcore.graph.rewrite import Skipped
 from qcore.graph.shapes import shaped_copy
-from qcore.graph.traverse import node_name
+from qcore.graph.traverse import int_attribute, node_name
 
 Mask = NDArray[np.bool_]
 OVERRIDABLE_SINCE = 4  # IR version; before it every initializer had to be an input
@@ -49,16 +49,38 @@ class ChannelAxis:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ChannelLayer:
+    """A layer with constant weights and no groups: what it reads and makes, and the axes of its channels there.
+
+    `out_axis` and `into_axis` are those of the weights; `axis` is that of what it reads and makes.
+    """
+
+    node: str
+    op_type: str
+    weight: str
+    out_axis: int
+    into_axis: int
+    reads: str
+    makes: str
+    axis: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Channels:
     """All channel groups of a model with a free channel, the axes they are on, and numbers in nodes that count them.
 
-    `skipped` names the layers none of whose output channels may go, and why.
+    `layers` are all that make or read channels; `skipped` names those none of whose output channels may go, and why.
     """
 
     groups: tuple[ChannelGroup, ...]
     axes: tuple[ChannelAxis, ...]
     counts: tuple[Count, ...]
+    layers: tuple[ChannelLayer, ...]
     skipped: tuple[Skipped, ...]
+
+    def at(self, tensor: str, axis: int) -> ChannelAxis | None:
+        """Return where the channels along `axis` of `tensor` belong, None if to no group."""
+        return next((a for a in self.axes if a.tensor == tensor and a.axis == axis), None)
 
     def kept(self, axis: ChannelAxis, keep: Mapping[str, Mask]) -> Mask:
         """Return which positions of `axis` are left; groups that `keep` does not name keep all."""
@@ -146,7 +168,29 @@ def _assembled(labels: Labels, classes: Classes) -> Channels:
         for (value, axis), found in labels.axes.items()
         if (number[found] >= 0).any()
     )
-    return Channels(groups=tuple(groups), axes=axes, counts=tuple(labels.counts), skipped=tuple(skipped))
+    return Channels(
+        groups=tuple(groups),
+        axes=axes,
+        counts=tuple(labels.counts),
+        layers=tuple(_layer(la.node) for la in labels.layers),
+        skipped=tuple(skipped),
+    )
+
+
+def _layer(node: ir.Node) -> ChannelLayer:
+    x, weight = node.inputs[0], node.inputs[1]
+    assert x is not None and weight is not None  # noqa: S101, PT018 - a layer
+    flipped = node.op_type == "Conv" or bool(int_attribute(node, "transB", 0))
+    return ChannelLayer(
+        node=node_name(node),
+        op_type=node.op_type,
+        weight=str(weight.name),
+        out_axis=0 if flipped else 1,
+        into_axis=1 if flipped else 0,
+        reads=str(x.name),
+        makes=str(node.outputs[0].name),
+        axis=1 if node.op_type in ("Conv", "ConvTranspose") else len(known_dims(x)) - 1,
+    )
 
 
 def _group(labels: Labels, producers: list[str], mine: Mask, place: Ints, free: Mask) -> ChannelGroup:

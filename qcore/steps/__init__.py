@@ -13,6 +13,7 @@ from qcore.steps.calibration import merge_tables as merge_tables
 from qcore.steps.compression import CompressionSummary as CompressionSummary
 from qcore.steps.compression import compress as compress
 from qcore.steps.compression import prune as prune
+from qcore.steps.compression import prune_channels as prune_channels
 from qcore.steps.compression import quantize as quantize
 from qcore.steps.guard import Progress as Progress
 from qcore.steps.judgement import evaluate as evaluate

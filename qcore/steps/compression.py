@@ -1,6 +1,6 @@
 """Compression on files: a model in, the bytes of a smaller one and a summary out."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,7 @@ class CompressionSummary:
                     "error": None if s.error_after is None else {"before": s.error_before, "after": s.error_after},
                     "changed": list(s.changed),
                     "skipped": [{"node": k.node, "op_type": k.op_type, "reason": k.reason} for k in s.skipped],
+                    "resized": [asdict(r) for r in s.resized],
                 }
                 for s in self.steps
             ],
@@ -81,6 +82,40 @@ def prune(*, model: Path, out: Path, sparsity: float = 0.5) -> CompressionSummar
     return _compressed(model, out, recipe, ANY_TARGET, None, silent)
 
 
+def prune_channels(
+    *,
+    model: Path,
+    data: Path,
+    out: Path,
+    macs: float | None = None,
+    size: float | None = None,
+    latency: float | None = None,
+    split: str = "calibration",
+    progress: Progress = silent,
+) -> CompressionSummary:
+    """Return the summary of `out`: `model` with fewer channels, down to a share of its cost.
+
+    Args:
+        model: float ONNX file.
+        data: card of the samples on which losses are measured and made good.
+        out: where to write.
+        macs: share of the multiply-accumulates to keep; 0.6 if no budget is given.
+        size: share of the file size to keep, instead.
+        latency: share of the latency on this machine to keep, instead.
+        split: of the card.
+        progress: told how far it is.
+    """
+    from qcore.config import check_config
+    from qcore.data.dataset import open_dataset
+    from qcore.recipe import Recipe
+
+    step = {"method": "prune-channels", "macs": macs, "size": size, "latency": latency}
+    value = {"name": "prune-channels", "steps": [{"method": "fold-batchnorm"}, step]}
+    recipe = check_config(value, Recipe, "prune options")
+    refuse_overwrite(out, model, data=data)
+    return _compressed(model, out, recipe, ANY_TARGET, open_dataset(data, split), progress)
+
+
 def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recipe: str = "int8") -> CompressionSummary:
     """Return the summary of `out`: `model` after the steps of `recipe`, with ranges from `table`.
 
@@ -92,20 +127,21 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
     from qcore.canonical import sha256_bytes
     from qcore.graph.io import parse_model, read_model_bytes
     from qcore.methods.prune import PruneStep
+    from qcore.methods.prune_channels import PruneChannelsStep
     from qcore.recipe import load_recipe
     from qcore.recovery import Evidence
 
     refuse_overwrite(out, model, table, recipe, target)
     loaded = load_recipe(recipe)
+    if any(isinstance(s, PruneStep | PruneChannelsStep) for s in loaded.steps):
+        raise ConfigError(
+            f"recipe {loaded.name} prunes before it quantizes, but the table is of the unpruned model; run "
+            "`qcore prune`, calibrate the result, then quantize; or use `qcore compress`"
+        )
     if loaded.needs_samples:
         raise ConfigError(
             f"recipe {loaded.name} recovers accuracy by running samples, which a table does not hold; run "
             "`qcore compress` with --data"
-        )
-    if any(isinstance(s, PruneStep) for s in loaded.steps):
-        raise ConfigError(
-            f"recipe {loaded.name} prunes before it quantizes, but the table is of the unpruned model; run "
-            "`qcore prune`, calibrate the result, then quantize; or use `qcore compress`"
         )
     measured = load_table(table)
     raw = read_model_bytes(model)
@@ -182,19 +218,27 @@ def _compressed(
     raw = read_model_bytes(model)
     parsed = parse_model(raw, str(model))
     evidence = None if dataset is None else gathered(parsed, dataset, recipe.needs_samples, progress)
-    return _written(raw, parsed, out, recipe, target, evidence)
+    return _written(raw, parsed, out, recipe, target, evidence, progress)
 
 
 def _written(
-    raw: bytes, model: "ir.Model", out: Path, recipe: "Recipe", target: str, evidence: "Evidence | None"
+    raw: bytes,
+    model: "ir.Model",
+    out: Path,
+    recipe: "Recipe",
+    target: str,
+    evidence: "Evidence | None",
+    progress: Progress = silent,
 ) -> CompressionSummary:
+    from qcore.compression import Shared
     from qcore.compression import compress as apply_recipe
     from qcore.files import write_atomic
     from qcore.graph.io import serialize_model
     from qcore.target import load_target
 
     profile = load_target(target)
-    result = apply_recipe(model, recipe, profile, evidence)
+    shared = Shared(told=lambda method, done, total: progress(f"step {method}", done, total))
+    result = apply_recipe(model, recipe, profile, evidence, shared)
     written = serialize_model(result.model)
     refuse_unusable(written, f"the result of recipe {recipe.name} for {profile.name}")
     write_atomic(out, written)
