@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, assert_never
 import numpy as np
 import onnx_ir as ir
 
+from qcore.channel_pruning import prune_channels
 from qcore.config import Config
 from qcore.decomposition import decompose_to_budget
 from qcore.errors import ConfigError
 from qcore.graph.finite import refuse_non_finite_weights
 from qcore.graph.fold import fold_batchnorm
 from qcore.graph.head import conv_head_to_gemm
-from qcore.graph.rewrite import Rewrite, Skipped
+from qcore.graph.rewrite import Resized, Rewrite, Skipped
 from qcore.methods.absorb_bias import AbsorbBiasStep, absorb_bias, activations_to_absorb
 from qcore.methods.cluster import ClusterStep, cluster
 from qcore.methods.correct_bias import CorrectBiasStep, correct_bias, correct_bias_analytically, inputs_of_layers
@@ -24,6 +25,7 @@ from qcore.methods.equalize import EqualizeStep, equalize
 from qcore.methods.finetune import Epoch, FinetuneStep, QatStep
 from qcore.methods.half import Float16Step, to_float16
 from qcore.methods.prune import PruneStep, prune
+from qcore.methods.prune_channels import PruneChannelsStep
 from qcore.methods.quantize import QuantizeStep, quantize
 from qcore.methods.round_weights import RoundWeightsStep, round_weights
 from qcore.methods.smooth import SmoothStep, smooth, tensors_to_smooth
@@ -46,7 +48,8 @@ class AppliedStep:
     held-out samples, without and with the step, and `kept` says whether it is in the result; `reason` says why not
     where nothing was measured. For a step that trains they are the losses on the validation samples, `epochs` how it
     went from the state before training on, `best` the number of the epoch that is kept, and `samples` how many were
-    learnt from. `layers` are those that `decompose` looked at, with the scores of their ranks.
+    learnt from. `layers` are those that `decompose` looked at, with the scores of their ranks; `resized` says what
+    became smaller, where that is the aim of the step.
     """
 
     method: str
@@ -60,6 +63,7 @@ class AppliedStep:
     layers: tuple[LayerRanks, ...] = ()
     best: int | None = None
     samples: int = 0
+    resized: tuple[Resized, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,8 +127,7 @@ def compress(
                 model, done = _decomposed(run, model, step)
             case QuantizeStep():
                 reference, rewrite = model, _quantized(run, model)
-                model = rewrite.model
-                done = AppliedStep(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped)
+                model, done = _plainly(step.method, rewrite)
             case CorrectBiasStep() | RoundWeightsStep():
                 model, done = _mend(run, model, reference, step)
                 kept += [step] if done.kept else []
@@ -134,10 +137,13 @@ def compress(
             case QatStep():
                 model, kept = (_of_all_samples(run, model, reference, kept) if kept else model), []
                 model, done = _aware(run, (model, reference), step, position)
+            case PruneChannelsStep():
+                trials = partial(shared.within, f"{step.method}, trials")
+                make = partial(prune_channels, model, step, _known(run), told=trials)
+                model, done = _plainly(step.method, _once(run, model, step, make))
             case _:
-                rewrite = _once(run, model, step, partial(apply_step, model, step, target))
-                model = rewrite.model
-                done = AppliedStep(method=step.method, changed=rewrite.changed, skipped=rewrite.skipped)
+                make = partial(apply_step, model, step, target)
+                model, done = _plainly(step.method, _once(run, model, step, make))
         applied.append(done)
     if kept:
         model = _of_all_samples(run, model, reference, kept)
@@ -220,6 +226,12 @@ def _unjudged(run: _Run, step: BEFORE | AFTER) -> AppliedStep | None:
     have = f"{len(evidence.fit)} batches of {evidence.batch}" if evidence.batch > 1 else f"{len(evidence.fit)} samples"
     reason = f"not judged: of {have} none can be held out; at least 4 are needed"
     return AppliedStep(method=step.method, changed=(), skipped=(), kept=False, reason=reason)
+
+
+def _plainly(method: str, rewrite: Rewrite) -> tuple[ir.Model, AppliedStep]:
+    """Return the model of a step that nobody judges, and the step as it went."""
+    done = AppliedStep(method=method, changed=rewrite.changed, skipped=rewrite.skipped, resized=rewrite.resized)
+    return rewrite.model, done
 
 
 def _prepare(run: _Run, model: ir.Model, step: BEFORE) -> tuple[ir.Model, AppliedStep]:

@@ -19,6 +19,7 @@ from qcore.methods.equalize import EqualizeStep
 from qcore.methods.finetune import FinetuneStep, QatStep
 from qcore.methods.half import Float16Step
 from qcore.methods.prune import PruneStep
+from qcore.methods.prune_channels import PruneChannelsStep
 from qcore.methods.quantize import QuantizeStep
 from qcore.methods.round_weights import RoundWeightsStep
 from qcore.methods.smooth import SmoothStep
@@ -47,6 +48,7 @@ Step = Annotated[
     | ClusterStep
     | DecomposeStep
     | FinetuneStep
+    | PruneChannelsStep
     | EqualizeStep
     | SmoothStep
     | AbsorbBiasStep
@@ -89,13 +91,13 @@ class Recipe(Config):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether a step reads a calibration table."""
-        return self.quantize_step is not None
+        """Whether a step reads calibration data, as a table or as samples."""
+        return self.quantize_step is not None or self.needs_samples
 
     @property
     def needs_samples(self) -> bool:
         """Whether a step runs the model on samples: a table is not enough."""
-        return any(isinstance(s, BEFORE | AFTER | DecomposeStep) for s in self.steps)
+        return any(isinstance(s, BEFORE | AFTER | DecomposeStep | PruneChannelsStep) for s in self.steps)
 
     @property
     def reads_calibration_data(self) -> bool:

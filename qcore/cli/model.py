@@ -34,14 +34,39 @@ def quantize(
 def prune(
     model: opt.Model,
     out: opt.Out,
-    sparsity: Annotated[float, typer.Option(help="Fraction of every layer's weights to zero, in [0, 1).")] = 0.5,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of every layer's weights to zero, in [0, 1); 0.5 by default.")
+    ] = None,
     pattern: Annotated[
         str | None, typer.Option(help="Instead, N:M such as 2:4: keep N of every M weights along a layer's inputs.")
     ] = None,
+    macs: Annotated[
+        float | None, typer.Option(help="Remove channels: share of the multiply-accumulates to keep, e.g. 0.6.")
+    ] = None,
+    size: Annotated[float | None, typer.Option(help="Remove channels: share of the file size to keep.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Remove channels: share of the latency here to keep.")] = None,
+    data: opt.PruningData = None,
+    split: opt.CalibrationSplit = "calibration",
     as_json: opt.AsJson = False,
 ) -> None:
-    """Set the smallest weights of every layer to zero."""
-    print_summary(steps.prune(model=model, out=out, sparsity=sparsity, pattern=pattern), as_json)
+    """Set the smallest weights of every layer to zero, or remove whole channels down to a budget."""
+    if macs is None and size is None and latency is None:
+        if data is not None:
+            raise ConfigError("--data is for removing channels; add one of --macs, --size and --latency")
+        share = 0.5 if sparsity is None else sparsity
+        print_summary(steps.prune(model=model, out=out, sparsity=share, pattern=pattern), as_json)
+        return
+    if sparsity is not None or pattern is not None:
+        raise ConfigError(
+            "--sparsity and --pattern zero weights, --macs, --size and --latency remove channels; pass one"
+        )
+    if data is None:
+        raise ConfigError("removing channels measures what is lost and got no data; pass --data CARD")
+    with progress() as report:
+        summary = steps.prune_channels(
+            model=model, data=data, out=out, macs=macs, size=size, latency=latency, split=split, progress=report
+        )
+    print_summary(summary, as_json)
 
 
 def cluster(
@@ -274,6 +299,9 @@ def print_summary(summary: steps.CompressionSummary, as_json: bool) -> None:
     for step in summary.steps:
         _print_ranks(step)
     print_breaches(summary)
+    if resized := [r for s in summary.steps for r in s.resized]:
+        shown = [(r.of, r.what, f"{r.before:.4g}", f"{r.after:.4g}", percent(r.after / r.before)) for r in resized]
+        print_table("Smaller", ("node", "what", "before", "after", ""), shown)
     ratio = summary.size_bytes / summary.input_size_bytes
     print(f"{summary.output}: {size(summary.size_bytes)}, {percent(ratio)} of {size(summary.input_size_bytes)}")
     if summary.packed_bytes is not None and summary.input_packed_bytes:

@@ -12,6 +12,7 @@ Data = Annotated[Path, typer.Option("--data", help="Data card: a YAML file, or a
 CalibrationData = Annotated[
     Path | None, typer.Option("--data", help="Data card; only needed by recipes that calibrate.")
 ]
+PruningData = Annotated[Path | None, typer.Option("--data", help="Data card; needed to remove channels.")]
 Out = Annotated[
     Path, typer.Option("--out", help="Where to write, in folders that are made if missing; replaced all at once.")
 ]

@@ -38,7 +38,7 @@ def finetune(
     sparsity: Annotated[float | None, typer.Option(help="Of prune: fraction of weights to zero; default 0.5.")] = None,
     epochs: Annotated[int | None, typer.Option(help="How often every sample is learnt from; default 10.")] = None,
     batch: Annotated[int | None, typer.Option(help="Samples per step, of all processes together; default 64.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Default 0.001; of qat a share of the size of each tensor.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default 0.001; of qat relative to each tensor.")] = None,
     teacher_weight: Annotated[
         float | None,
         typer.Option(help="The teacher's share of the loss; default 0.5, with few labels or none 1."),

@@ -15,13 +15,27 @@ class Skipped:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Resized:
+    """A number that a function made smaller: `what` (`macs`, `size_bytes`, `latency_ms`; `channels` of a node) of what.
+
+    `of` is a node name, or empty for the whole model.
+    """
+
+    what: str
+    of: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rewrite:
     """The result of a graph function.
 
     `model` is a new model (the argument is never changed). `changed` names the nodes or tensors that differ,
-    in graph order; `skipped` those that were refused.
+    in graph order; `skipped` those that were refused. `resized` says what became smaller, where that was the aim.
     """
 
     model: ir.Model
     changed: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = field(default=())
+    resized: tuple[Resized, ...] = ()

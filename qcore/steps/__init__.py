@@ -15,6 +15,7 @@ from qcore.steps.compression import cluster as cluster
 from qcore.steps.compression import compress as compress
 from qcore.steps.compression import decompose as decompose
 from qcore.steps.compression import prune as prune
+from qcore.steps.compression import prune_channels as prune_channels
 from qcore.steps.compression import quantize as quantize
 from qcore.steps.finetuning import Finetuning as Finetuning
 from qcore.steps.finetuning import finetune as finetune

@@ -77,6 +77,7 @@ class CompressionSummary:
                     "seconds": sum(e.seconds for e in s.epochs),
                     "changed": list(s.changed),
                     "skipped": [{"node": k.node, "op_type": k.op_type, "reason": k.reason} for k in s.skipped],
+                    "resized": [asdict(r) for r in s.resized],
                 }
                 for s in self.steps
             ],
@@ -149,6 +150,40 @@ def _one_step(method: str, options: Mapping[str, Json]) -> "Recipe":
     return check_config(value, Recipe, f"{method} options")
 
 
+def prune_channels(
+    *,
+    model: Path,
+    data: Path,
+    out: Path,
+    macs: float | None = None,
+    size: float | None = None,
+    latency: float | None = None,
+    split: str = "calibration",
+    progress: Progress = silent,
+) -> CompressionSummary:
+    """Return the summary of `out`: `model` with fewer channels, down to a share of its cost.
+
+    Args:
+        model: float ONNX file.
+        data: card of the samples on which losses are measured and made good.
+        out: where to write.
+        macs: share of the multiply-accumulates to keep; 0.6 if no budget is given.
+        size: share of the file size to keep, instead.
+        latency: share of the latency on this machine to keep, instead.
+        split: of the card.
+        progress: told how far it is.
+    """
+    from qcore.config import check_config
+    from qcore.data.dataset import open_dataset
+    from qcore.recipe import Recipe
+
+    step = {"method": "prune-channels", "macs": macs, "size": size, "latency": latency}
+    value = {"name": "prune-channels", "steps": [{"method": "fold-batchnorm"}, step]}
+    recipe = check_config(value, Recipe, "prune options")
+    refuse_overwrite(out, model, data=data)
+    return _compressed(model, out, recipe, ANY_TARGET, open_dataset(data, split), progress)
+
+
 def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recipe: str = "int8") -> CompressionSummary:
     """Return the summary of `out`: `model` after the steps of `recipe`, with ranges from `table`.
 
@@ -161,20 +196,23 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
     from qcore.graph.io import parse_model, read_model_bytes
     from qcore.methods.cluster import ClusterStep
     from qcore.methods.prune import PruneStep
+    from qcore.methods.prune_channels import PruneChannelsStep
     from qcore.recipe import load_recipe
     from qcore.recovery import Evidence
 
     refuse_overwrite(out, model, table, recipe, target)
     loaded = load_recipe(recipe)
-    if loaded.needs_samples:
-        raise ConfigError(
-            f"recipe {loaded.name} runs samples, which a table does not hold; run `qcore compress` with --data"
-        )
-    changing = next((s.method for s in loaded.steps if isinstance(s, PruneStep | ClusterStep)), None)
+    changing = next(
+        (s.method for s in loaded.steps if isinstance(s, PruneStep | PruneChannelsStep | ClusterStep)), None
+    )
     if changing is not None:
         raise ConfigError(
             f"recipe {loaded.name} changes weights ({changing}) before it quantizes, but the table is of the model "
-            f"before that; run `qcore {changing}`, calibrate the result, then quantize; or use `qcore compress`"
+            f"before that; apply that first, calibrate the result, then quantize; or use `qcore compress`"
+        )
+    if loaded.needs_samples:
+        raise ConfigError(
+            f"recipe {loaded.name} runs samples, which a table does not hold; run `qcore compress` with --data"
         )
     measured = load_table(table)
     raw = read_model_bytes(model)

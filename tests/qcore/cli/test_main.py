@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from channelled import grown
 from models import conv_net, save, write_data
 
 from qcore.cli.pipeline import family_name
@@ -230,3 +231,30 @@ def test_a_pipeline_refuses_wrong_names_before_it_runs(files, tmp_path, option, 
     run = ["pipeline", "run", "--model", files[0], "--data", files[1], "--workspace", tmp_path / "w", *prepared]
     assert value in complaint(qcore(*run, option, value), 1)
     assert not (tmp_path / "w" / "runs").exists()
+
+
+def test_prune_removes_channels_where_a_budget_is_given(files, tmp_path):
+    model, card = files
+    budget = ["prune", "--model", model, "--out", tmp_path / "o.onnx", "--macs", "0.6"]
+    done = qcore(*budget, "--data", card)
+    assert done.returncode == 1
+    assert "no channel can be removed: 1 groups, none has more than multiple = 8" in done.stderr
+    for more, says in (
+        ([], "removing channels measures what is lost and got no data; pass --data CARD"),
+        (["--data", card, "--sparsity", "0.5"], "--sparsity zeroes weights, --macs, --size and --latency remove"),
+        (["--data", card, "--size", "0.5"], "more than one of macs, size and latency is given; allowed: one"),
+    ):
+        done = qcore(*budget, *more)
+        assert done.returncode == 1
+        assert says in done.stderr
+    assert not (tmp_path / "o.onnx").exists()
+
+
+def test_prune_says_what_became_smaller(tmp_path):
+    proto = grown(0, ["residual", "separable"], "pooled", width=32)
+    model, card = save(proto, tmp_path / "m.onnx"), write_data(tmp_path / "data", proto)
+    done = qcore("prune", "--model", model, "--data", card, "--out", tmp_path / "o.onnx", "--macs", "0.6")
+    assert done.returncode == 0, done.stderr
+    assert "Smaller" in done.stdout
+    assert "channels" in done.stdout
+    assert (tmp_path / "o.onnx").stat().st_size < model.stat().st_size

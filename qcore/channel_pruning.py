@@ -1,0 +1,264 @@
+"""Structured pruning of a float model towards a budget: measured, cut, and made good without training.
+
+How many channels each group keeps follows from trials: one group at a time loses some, and the output error on samples
+says what that costs. Then all layers are fitted to the outputs of the float model, which is kept if held-out samples
+agree. A model that should lose little wants fine-tuning behind this.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcore.errors import ModelError
+from qcore.graph.channels import ChannelGroup, Channels, Mask, channel_groups
+from qcore.graph.cost import model_macs
+from qcore.graph.io import serialize_model
+from qcore.graph.rewrite import Resized, Rewrite, Skipped
+from qcore.graph.traverse import node_name
+from qcore.methods.prune_channels import (
+    PruneChannelsStep,
+    axes_to_measure,
+    cost_terms,
+    counts_to_try,
+    importances,
+    masks,
+    without_channels,
+)
+from qcore.numerics.channels import ChannelStats
+from qcore.numerics.error import output_error
+from qcore.numerics.removal import Counts, Curve, first_that_fits, given_back, removal_path
+from qcore.reconstruction import refit_layers
+from qcore.recovery import Evidence, Tensors, channel_statistics, output_distance
+from qcore.runtime import ort
+
+Array = NDArray[np.float64]
+TRIAL_SAMPLES = 64
+"""What the loss of channels of one group is measured on, spread over the samples to fit."""
+TIMING_S = 1.0
+QUANTIZED = (
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "QLinearConv",
+    "QLinearMatMul",
+    "ConvInteger",
+    "MatMulInteger",
+    "MatMulNBits",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Search:
+    """What is pruned: the groups that may shrink, what their channels matter, and what layers see of them."""
+
+    model: ir.Model
+    channels: Channels
+    groups: tuple[ChannelGroup, ...]
+    scores: Mapping[str, Array]
+    stats: Mapping[str, ChannelStats]
+
+    def keep(self, counts: Sequence[int]) -> dict[str, Mask]:
+        """Return the masks with which the groups keep `counts` channels."""
+        return masks(self.channels, self.scores, {g.name: c for g, c in zip(self.groups, counts, strict=True)})
+
+    def pruned(self, counts: Sequence[int]) -> ir.Model:
+        """Return the model whose groups keep `counts` channels, means made up for."""
+        return without_channels(self.model, self.channels, self.keep(counts), self.stats).model
+
+
+def prune_channels(
+    model: ir.Model,
+    step: PruneChannelsStep,
+    evidence: Evidence,
+    scores: Mapping[str, Array] | None = None,
+    *,
+    told: Callable[[int, int], None] = lambda done, total: None,
+) -> Rewrite:
+    """Return `model` with fewer channels, within the budget of `step`; `changed` names the layers that make fewer.
+
+    `resized` has multiply-accumulates, bytes, milliseconds (batch 1, one thread) and the channels of each such layer.
+
+    Args:
+        model: float model; batch norms folded or not.
+        step: options.
+        evidence: calibration data.
+        scores: importance of each channel by group name, (size,), larger is more, e.g. from gradients; groups that are
+            missing are ranked by the criterion of `step`.
+        told: gets how many groups have been tried, and of how many.
+
+    Raises:
+        ModelError: the model is quantized, no channel may go, the budget cannot be reached, or scores do not fit.
+    """
+    _refuse_quantized(model)
+    search = _search(model, step, evidence, scores or {})
+    curves = _curves(search, step, evidence, told)
+    counts = _within_budget(search, step, curves, evidence)
+    keep = search.keep(counts)
+    pruned = search.pruned(counts)
+    if step.reconstruct:
+        pruned = _refitted(search, pruned, keep, step, evidence)
+    fewer = _fewer(search.channels, keep)
+    return Rewrite(
+        model=pruned,
+        changed=tuple(r.of for r in fewer),
+        skipped=(*search.channels.skipped, *_left_alone(search, step)),
+        resized=(*_costs(model, pruned, evidence), *fewer),
+    )
+
+
+def _refuse_quantized(model: ir.Model) -> None:
+    found = next((n for n in model.graph if n.op_type in QUANTIZED), None)
+    if found is not None:
+        raise ModelError(
+            f"{node_name(found)} ({found.op_type}) is quantized; allowed: float models; prune channels first, then "
+            "quantize"
+        )
+
+
+def _search(model: ir.Model, step: PruneChannelsStep, evidence: Evidence, given: Mapping[str, Array]) -> _Search:
+    channels = channel_groups(model)
+    stats = channel_statistics(model, evidence, axes_to_measure(channels))
+    scores = importances(model, channels, step.criterion, stats)
+    for name, array in given.items():
+        if name not in scores or scores[name].shape != np.shape(array) or not np.isfinite(array).all():
+            wanted = scores[name].shape if name in scores else f"one of {', '.join(scores)}"
+            raise ModelError(
+                f"scores of channel group {name!r} have shape {np.shape(array)}; allowed: {wanted}, finite"
+            )
+        scores[name] = np.asarray(array, np.float64)
+    groups = tuple(
+        g for g in channels.groups if len(counts_to_try(g, step)) > 1 and not set(g.producers) & set(step.exclude)
+    )
+    if not groups:
+        raise ModelError(
+            f"no channel can be removed: {len(channels.groups)} groups, none has more than multiple = {step.multiple} "
+            f"and min_channels = {step.min_channels} channels and is not excluded; lower them"
+        )
+    return _Search(model=model, channels=channels, groups=groups, scores=scores, stats=stats)
+
+
+def _curves(
+    search: _Search, step: PruneChannelsStep, evidence: Evidence, told: Callable[[int, int], None]
+) -> list[Curve]:
+    """Return what it costs on samples that one group at a time keeps fewer channels."""
+    samples = spread(evidence.fit, TRIAL_SAMPLES // evidence.batch)
+    reference = _outputs(search.model, samples)
+    whole = tuple(g.size for g in search.groups)
+    curves = []
+    for position, group in enumerate(search.groups):
+        told(position, len(search.groups))
+        counts = counts_to_try(group, step)
+        errors = [0.0]
+        for count in counts[1:]:
+            tried = search.pruned((*whole[:position], count, *whole[position + 1 :]))
+            errors.append(_error(reference, _outputs(tried, samples), evidence))
+        curves.append(Curve(counts=counts, errors=tuple(errors)))
+    return curves
+
+
+def spread(batches: Sequence[Tensors], count: int) -> tuple[Tensors, ...]:
+    """Return about `count` of `batches`, evenly over all: stored data are often sorted by class."""
+    places = np.unique(np.linspace(0, len(batches) - 1, max(1, min(count, len(batches)))).round().astype(int))
+    return tuple(batches[i] for i in places)
+
+
+def _outputs(model: ir.Model, samples: Sequence[Tensors]) -> dict[str, NDArray[np.generic]]:
+    predict = ort.load_unfused(serialize_model(model)).predict
+    parts = [predict(sample) for sample in samples]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _error(reference: Tensors, outputs: Tensors, evidence: Evidence) -> float:
+    try:
+        return output_error(reference, outputs, evidence.task)
+    except ValueError as e:
+        raise ModelError(f"outputs cannot be compared: {e}; check the model and the preprocessing") from e
+
+
+def _within_budget(search: _Search, step: PruneChannelsStep, curves: Sequence[Curve], evidence: Evidence) -> Counts:
+    """Return how many channels each group keeps so that the budget holds.
+
+    Latency is measured where the way down the path is halved; it is not monotone to the microsecond, so the found place
+    holds the budget and the one before it did not.
+    """
+    what, share = step.budget
+    names = [g.name for g in search.groups]
+    terms = cost_terms(search.model, search.channels, names, "size" if what == "size" else "macs")
+    sizes = np.array([g.size for g in search.groups], np.float64)
+    full = terms.at(np.ones(len(sizes)))
+
+    def left(counts: Counts) -> float:
+        if what == "latency":
+            before, after = latencies((search.model, search.pruned(counts)), evidence)
+            return after / before
+        return terms.at(np.array(counts) / sizes) / full
+
+    path = removal_path(curves, terms)
+    at = first_that_fits(path, lambda counts: left(counts) <= share)
+    if at is None:
+        raise ModelError(
+            f"the budget cannot be reached: with the fewest channels allowed {left(path[-1]):.2f} of {what} is left, "
+            f"wanted {share}; raise {what}, or lower multiple = {step.multiple} and min_channels = {step.min_channels}"
+        )
+    return path[at] if what == "latency" else given_back(curves, path[at], lambda counts: left(counts) <= share)
+
+
+def latencies(models: Sequence[ir.Model], evidence: Evidence) -> tuple[float, ...]:
+    """Return the median milliseconds of one inference of each model, batch 1 on one thread, measured in turns."""
+    loaded = [ort.load(serialize_model(m), threads=1) for m in models]
+    sample = evidence.fit[0]
+    if loaded[0].fixed_batch is None:
+        sample = {name: value[:1] for name, value in sample.items()}
+    return tuple(latency.p50 for latency in ort.measure_latency(loaded, sample, budget_s=TIMING_S))
+
+
+def _refitted(
+    search: _Search, pruned: ir.Model, keep: Mapping[str, Mask], step: PruneChannelsStep, evidence: Evidence
+) -> ir.Model:
+    """Return `pruned` with fitted layers, or as it is where held-out samples do not agree or there are none."""
+    if not evidence.held_out:
+        return pruned
+    rows = {a.tensor: search.channels.kept(a, keep) for a in search.channels.axes}
+    samples = spread(evidence.fit, -(-step.samples // evidence.batch))
+    fitted = refit_layers(pruned, search.model, rows, samples, step.positions).model
+    # By squared error: it is what was fitted, and KL punishes sure mistakes of a model that is not tuned yet.
+    judge = replace(evidence, task="none")
+    before, after = (output_distance(m, search.model, judge) for m in (pruned, fitted))
+    return fitted if after < before else pruned
+
+
+def _costs(before: ir.Model, after: ir.Model, evidence: Evidence) -> tuple[Resized, ...]:
+    was, now = latencies((before, after), evidence)
+    found = [("size_bytes", len(serialize_model(before)), len(serialize_model(after))), ("latency_ms", was, now)]
+    with contextlib.suppress(ModelError):  # a symbolic size: a budget of size or latency does without
+        found.insert(0, ("macs", model_macs(before), model_macs(after)))
+    return tuple(Resized(what=what, of="", before=float(a), after=float(b)) for what, a, b in found)
+
+
+def _fewer(channels: Channels, keep: Mapping[str, Mask]) -> tuple[Resized, ...]:
+    """Return the layers that make fewer channels, in graph order."""
+    made = [(la, axis) for la in channels.layers if (axis := channels.at(la.makes, la.axis)) is not None]
+    left = [(la.node, axis.group.size, int(channels.kept(axis, keep).sum())) for la, axis in made]
+    return tuple(
+        Resized(what="channels", of=node, before=before, after=after) for node, before, after in left if after < before
+    )
+
+
+def _left_alone(search: _Search, step: PruneChannelsStep) -> list[Skipped]:
+    """Return the layers whose channels could go and were not asked for: excluded, or too few already."""
+    types = {la.node: la.op_type for la in search.channels.layers}
+    planned = {g.name for g in search.groups}
+    small = f"it has no more channels than multiple = {step.multiple} and min_channels = {step.min_channels} allow"
+    return [
+        Skipped(
+            node=name,
+            op_type=types[name],
+            reason="excluded by the recipe" if set(g.producers) & set(step.exclude) else small,
+        )
+        for g in search.channels.groups
+        if g.name not in planned
+        for name in g.producers
+    ]

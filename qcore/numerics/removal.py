@@ -1,0 +1,121 @@
+"""How many channels of each group to remove: measured errors of single groups against what their removal saves.
+
+Nothing here knows a graph: groups are numbered, and what a model costs is a sum of terms that shrink with them.
+
+Source: the score dictionary of AIMET's greedy compression-ratio selection; Yang et al. 2018 (arXiv 1804.03230,
+NetAdapt) for going step by step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Counts = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """What it costs in accuracy to keep fewer channels of one group.
+
+    `counts` falls from all channels down; `errors` of the same length is the output error at each, 0 at the first.
+    """
+
+    counts: tuple[int, ...]
+    errors: tuple[float, ...]
+
+    def rising(self) -> "Curve":
+        """Return the curve made monotone: removing more is never better than removing less."""
+        return Curve(counts=self.counts, errors=tuple(np.maximum.accumulate(np.maximum(self.errors, 0.0)).tolist()))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostTerms:
+    """A cost that falls as groups shrink: the sum over terms of `amount` times, for each axis, the share that is left.
+
+    `amount` (terms,); `whole` (terms, axes) is the share of an axis that always stays, `part` (terms, axes,
+    groups) the share that belongs to each. Invariant: `whole` and the sum over groups of `part` make 1.
+    """
+
+    amount: Array
+    whole: Array
+    part: Array
+
+    def at(self, left: Array) -> float:
+        """Return the cost when the share `left` (groups,) of each group's channels is kept."""
+        return float(self.amount @ np.prod(self.whole + self.part @ left, axis=1))
+
+
+def removal_path(curves: Sequence[Curve], cost: CostTerms) -> list[Counts]:
+    """Return how many channels each group keeps, from all to the fewest, each step the best bargain of those left.
+
+    A step takes one group to any smaller count of its curve; the one with the least error per saved cost is taken.
+    """
+    rising = [curve.rising() for curve in curves]
+    sizes = np.array([curve.counts[0] for curve in curves], np.float64)
+    at = [0] * len(curves)
+    left = np.ones(len(curves))
+    path = [tuple(curve.counts[0] for curve in curves)]
+    while True:
+        now, best = cost.at(left), (np.inf, -1, -1)
+        for g, curve in enumerate(rising):
+            for k in range(at[g] + 1, len(curve.counts)):
+                moved = left.copy()
+                moved[g] = curve.counts[k] / sizes[g]
+                saved = now - cost.at(moved)
+                price = (curve.errors[k] - curve.errors[at[g]]) / saved if saved > 0 else np.inf
+                best = min(best, (price, g, k))
+        price, g, k = best
+        if not np.isfinite(price):
+            return path
+        at[g], left[g] = k, rising[g].counts[k] / sizes[g]
+        path.append(tuple(c.counts[i] for c, i in zip(curves, at, strict=True)))
+
+
+def first_that_fits(path: Sequence[Counts], fits: Callable[[Counts], bool]) -> int | None:
+    """Return the first position of `path` that `fits`, by bisection (behind it everything should fit), or None."""
+    low, high = 0, len(path) - 1
+    if not fits(path[high]):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(path[middle]) else (middle + 1, high)
+    return low
+
+
+def given_back(curves: Sequence[Curve], counts: Counts, fits: Callable[[Counts], bool]) -> Counts:
+    """Return `counts` with channels given back to groups, as far as it still `fits`: what helps most first.
+
+    The step that goes below a budget often goes far below it.
+    """
+    rising = [dict(zip(x.counts, x.rising().errors, strict=True)) for x in curves]
+    while True:
+        moves = [
+            (errors[counts[g]] - error, g, count)
+            for g, errors in enumerate(rising)
+            for count, error in errors.items()
+            if count > counts[g]
+        ]
+        for _, g, count in sorted(moves, key=lambda move: -move[0]):
+            tried = (*counts[:g], count, *counts[g + 1 :])
+            if fits(tried):
+                counts = tried
+                break
+        else:
+            return counts
+
+
+def channels_kept(score: Array, free: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
+    """Return which channels stay: all that are not `free`, and the best of the others up to `count` in all.
+
+    Args:
+        score: (channels,) importance; of equals the first stay.
+        free: (channels,) which may go.
+        count: at least the number of channels that may not.
+    """
+    order = np.argsort(np.where(free, -score, -np.inf), kind="stable")
+    keep = np.zeros(score.size, bool)
+    keep[order[:count]] = True
+    return keep | ~free
