@@ -249,7 +249,7 @@ def compress(
     if not loaded.reads_calibration_data and not loaded.training_steps:
         return _compressed(model, out, loaded, target, None, progress)
     if data is None:
-        does = "calibrates" if loaded.needs_calibration else "runs samples" if loaded.needs_samples else "trains"
+        does = "calibrates" if loaded.quantize_step else "runs samples" if loaded.needs_samples else "trains"
         raise ConfigError(
             f"recipe {loaded.name} {does} and got no data; allowed: a data card; pass --data CARD, or a recipe "
             "without calibration (int8-dynamic, int8-weights, int4-weights, float16)"

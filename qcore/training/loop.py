@@ -91,6 +91,13 @@ def train(student: Executor, groups: list[dict[str, Any]], task: Assignment) -> 
         ModelError: a loss is NaN or infinite.
     """
     torch.set_flush_denormal(True)  # momenta of dead weights would cost half the time of a step
+    try:
+        return _trained(student, groups, task)
+    finally:
+        torch.set_flush_denormal(False)  # all arithmetic of the process would be without them
+
+
+def _trained(student: Executor, groups: list[dict[str, Any]], task: Assignment) -> Trained:
     step, journey = task.step, task.journey
     rates = [g["lr"] for g in groups]
     student.to(task.processes.device)

@@ -193,5 +193,5 @@ def test_the_step_on_files(tmp_path):
     assert any("trials" in what for what, _, _ in told)
     onnx.checker.check_model(onnx.load(summary.output), full_check=True)
     table = tmp_path / "t.json"
-    with pytest.raises(ConfigError, match="prunes before it quantizes"):
+    with pytest.raises(ConfigError, match=r"changes weights \(prune-channels\) before it quantizes"):
         steps.quantize(model=model, table=table, out=tmp_path / "q.onnx", recipe="channels60")
