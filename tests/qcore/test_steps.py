@@ -187,7 +187,7 @@ def test_models_with_a_fixed_batch_are_calibrated_and_evaluated(tmp_path):
         (
             {"recipe": "int9"},
             ConfigError,
-            "recipe 'int9' does not exist; allowed: float16, int2-weights, int4-rounded, int4-weights, int8",
+            "recipe 'int9' does not exist; allowed: float16, int2-weights, int4-qat, int4-rounded, int4-weights, int8",
         ),
         ({"target": "tpu"}, ConfigError, "target 'tpu' does not exist; allowed: arm-dotprod"),
     ],
