@@ -145,8 +145,10 @@ def try_recipe(bench: Bench, recipe: "Recipe") -> Tried:
     from qcore.report import report_from_json
 
     result = _remembered(bench, [s.model_dump(mode="json") for s in recipe.steps], lambda: _run(bench, recipe))
+    # The ladder's steps neither train nor resize: what such steps say in addition is empty.
+    lists = ("changed", "epochs", "layers", "resized")
     steps = [
-        {**s, "changed": tuple(s["changed"]), "skipped": tuple(Skipped(**k) for k in s["skipped"])}
+        {**s, **{k: tuple(s[k]) for k in lists}, "skipped": tuple(Skipped(**k) for k in s["skipped"])}
         for s in result["steps"]
     ]
     return Tried(

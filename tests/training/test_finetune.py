@@ -216,6 +216,25 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher, says: str, folder: Fold
     refused(folder, ModelError, says, f"method: finetune, epochs: 1, teacher: {path}")
 
 
+@pytest.mark.parametrize("name", ["int8-qat", "int4-qat"])
+def test_shipped_recipes_train(name: str, folder: Folder) -> None:
+    model = save(small_net(channels=8), folder.folder / "m.onnx")
+    seen: list[int] = []
+    made = steps.compress(
+        model=model,
+        data=folder.card,
+        out=folder.folder / "out.onnx",
+        recipe=name,
+        target=TARGET,
+        device="cpu",
+        on_epoch=lambda epoch: seen.append(epoch.number),
+    )
+    assert seen == list(range(11))
+    assert made.steps[-1].method == "qat"
+    integers = [v for v in constants(onnx.load(made.output)).values() if v.dtype == np.int8 and v.ndim > 1]
+    assert all(np.abs(w.astype(int)).max() <= (8 if name == "int4-qat" else 127) for w in integers)
+
+
 def refused(folder: Folder, kind: type[QcoreError], says: str, *recipe: str, proto: onnx.ModelProto | None = None):
     with pytest.raises(kind, match=says) as e:
         folder.compress(proto or small_net(), *recipe)

@@ -241,7 +241,10 @@ def test_prune_removes_channels_where_a_budget_is_given(files, tmp_path):
     assert "no channel can be removed: 1 groups, none has more than multiple = 8" in done.stderr
     for more, says in (
         ([], "removing channels measures what is lost and got no data; pass --data CARD"),
-        (["--data", card, "--sparsity", "0.5"], "--sparsity and --pattern zero weights, --macs, --size and --latency remove"),
+        (
+            ["--data", card, "--sparsity", "0.5"],
+            "--sparsity and --pattern zero weights, --macs, --size and --latency remove",
+        ),
         (["--data", card, "--size", "0.5"], "more than one of macs, size and latency is given; allowed: one"),
     ):
         done = qcore(*budget, *more)
