@@ -261,8 +261,8 @@ def _release_layer(
         scale=scale.astype(np.float32),
         zero_point=np.zeros(scale.shape, np.int32) if zero is None else zero.astype(np.int32),
         dtype=scheme(node).dtype,
-        qmin=levels[0],
-        qmax=levels[1],
+        qmin=min(levels[0], int(integers.min())),  # rounding to second order uses the level that symmetry leaves out
+        qmax=max(levels[1], int(integers.max())),
         axis=int_attribute(dequantize, "axis", 1) if scale.ndim else None,
     )
     draft.scales.add(str(scale_value.name), q.scale)

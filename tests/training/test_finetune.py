@@ -153,6 +153,23 @@ def test_what_was_judged_is_what_is_written(target: str, bits: int, folder: Fold
     assert made.breaches == ()
 
 
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("target", ["x86-avx2", "x86-vnni", "arm-dotprod"])
+def test_training_starts_from_the_very_model_that_it_is_given(target: str, bits: int, folder: Folder) -> None:
+    proto = small_net(channels=8)
+    teacher = run(proto.SerializeToString(), x := np.load(folder.card.parent / "blobs.npz")["x"][192:256])
+    before = (f"method: quantize, weight_bits: {bits}", "method: round-weights")
+    given, _ = folder.compress(proto, *before, target=target)
+    lowest = min(int(v.min()) - (128 if v.dtype == np.uint8 else 0) for v in constants(given).values() if v.ndim > 1)
+    assert bits == 8 or lowest == -(1 << (bits - 1))  # the level that rounding to nearest does not use
+    made = run(given.SerializeToString(), x)
+    p, q = (np.exp(z - np.log(np.exp(z).sum(axis=1, keepdims=True))) for z in (teacher, made))
+    _, trained = folder.compress(proto, *before, "method: qat, epochs: 1, teacher_weight: 1", target=target)
+    divergence = float((p * np.log(p / q)).sum(axis=1).mean())
+    # Integer kernels and torch may round a tie to different sides: much less than what clipping loses.
+    assert trained.steps[-1].epochs[0].validation == pytest.approx(divergence, rel=0.05, abs=2e-6)
+
+
 def test_a_softmax_at_the_end_teaches_and_learns(folder: Folder) -> None:
     _, made = folder.compress(small_net(softmax=True), FINETUNE.replace("teacher_weight: 0", "teacher_weight: 0.5"))
     assert trained_one(made).epochs[-1].accuracy > 0.5
