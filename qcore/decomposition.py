@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from qcore.errors import ConfigError, ModelError
 from qcore.graph.chain import FactorLayer, bias_of
+from qcore.graph.cost import node_macs
 from qcore.graph.edit import editable_copy
 from qcore.graph.io import serialize_model
-from qcore.graph.macs import node_macs
 from qcore.graph.rewrite import Rewrite, Skipped
 from qcore.graph.traverse import constant_array, float_attribute, int_attribute, node_name
 from qcore.graph.windows import window_of

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcore.graph.edit import add_initializer, fresh_name, replace_node
-from qcore.graph.macs import static_shape
+from qcore.graph.shapes import static_shape
 from qcore.graph.traverse import auto_pad, constant_array, float_attribute, int_attribute, ints_attribute, node_name
 from qcore.numerics.factors import Factors, Kind
 from qcore.numerics.ranks import LayerShape
@@ -76,7 +76,7 @@ def factor_layer(node: ir.Node, sized: ir.Node) -> FactorLayer | None:
 
     Args:
         node: one that `layer_refusal` does not refuse.
-        sized: the same node with shapes for one sample (`macs.single_sample`).
+        sized: the same node with shapes for one sample (`shapes.single_sample`).
     """
     weight = weight_of(node)
     read, written = static_shape(sized.inputs[0]), static_shape(sized.outputs[0])

@@ -25,8 +25,8 @@ from qcore.graph.chain import (
     replace_weight,
 )
 from qcore.graph.edit import drop_unused_initializers, editable_copy
-from qcore.graph.macs import single_sample
 from qcore.graph.rewrite import Rewrite, Skipped
+from qcore.graph.shapes import single_sample
 from qcore.graph.traverse import node_name
 from qcore.numerics.factors import Array, Factors, Kind, channel_tails, factorize, output_share, reconstruct
 from qcore.numerics.ranks import (

@@ -16,8 +16,8 @@ from qcore.config import check_config
 from qcore.decomposition import decompose_to_budget
 from qcore.errors import ConfigError, ModelError
 from qcore.graph.chain import PARTS
+from qcore.graph.cost import node_macs
 from qcore.graph.io import serialize_model
-from qcore.graph.macs import node_macs
 from qcore.methods.decompose import DecomposeStep, NewLayer, decompose, with_weight
 from qcore.numerics.error import normalised_mse
 from qcore.numerics.factors import factorize, reconstruct

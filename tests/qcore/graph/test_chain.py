@@ -8,8 +8,9 @@ from models import model_of
 from onnx import helper
 
 from qcore.graph.chain import PARTS, layer_refusal, weight_of
+from qcore.graph.cost import node_macs
 from qcore.graph.io import parse_model, serialize_model
-from qcore.graph.macs import node_macs, single_sample
+from qcore.graph.shapes import single_sample
 from qcore.graph.traverse import node_name
 from qcore.methods.decompose import DecomposeStep, NewLayer, decompose, layers_to_decompose
 from qcore.numerics.factors import Factors, factorize, full_ranks, reconstruct
