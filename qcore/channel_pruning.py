@@ -144,7 +144,7 @@ def _curves(
     search: _Search, step: PruneChannelsStep, evidence: Evidence, told: Callable[[int, int], None]
 ) -> list[Curve]:
     """Return what it costs on samples that one group at a time keeps fewer channels."""
-    samples = spread(evidence.fit, TRIAL_SAMPLES // evidence.batch)
+    samples = evidence.some(evidence.fit, TRIAL_SAMPLES)
     reference = _outputs(search.model, samples)
     whole = tuple(g.size for g in search.groups)
     curves = []
@@ -157,12 +157,6 @@ def _curves(
             errors.append(_error(reference, _outputs(tried, samples), evidence))
         curves.append(Curve(counts=counts, errors=tuple(errors)))
     return curves
-
-
-def spread(batches: Sequence[Tensors], count: int) -> tuple[Tensors, ...]:
-    """Return about `count` of `batches`, evenly over all: stored data are often sorted by class."""
-    places = np.unique(np.linspace(0, len(batches) - 1, max(1, min(count, len(batches)))).round().astype(int))
-    return tuple(batches[i] for i in places)
 
 
 def _outputs(model: ir.Model, samples: Sequence[Tensors]) -> dict[str, NDArray[np.generic]]:
@@ -222,7 +216,7 @@ def _refitted(
     if not evidence.held_out:
         return pruned
     rows = {a.tensor: search.channels.kept(a, keep) for a in search.channels.axes}
-    samples = spread(evidence.fit, -(-step.samples // evidence.batch))
+    samples = evidence.some(evidence.fit, step.samples)
     fitted = refit_layers(pruned, search.model, rows, samples, step.positions).model
     # By squared error: it is what was fitted, and KL punishes sure mistakes of a model that is not tuned yet.
     judge = replace(evidence, task="none")

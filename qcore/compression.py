@@ -277,7 +277,7 @@ def _mended(run: _Run, model: ir.Model, reference: ir.Model, step: AFTER, sample
     refine = (
         correct_bias if isinstance(step, CorrectBiasStep) else partial(round_weights, step=step, bits=bits, exact=exact)
     )
-    some = evidence.first(samples, step.samples)
+    some = evidence.some(samples, step.samples)
     return refine_layers(model, reference, some, refine, step.positions, float_biases=floats)
 
 
@@ -334,7 +334,7 @@ def _of_all_samples(run: _Run, model: ir.Model, reference: ir.Model, kept: list[
     everything = evidence.everything
     if not kept or len(everything) == len(evidence.fit):
         return model
-    if any(len(evidence.first(evidence.fit, step.samples)) < len(evidence.fit) for step in kept):
+    if any(len(evidence.some(evidence.fit, step.samples)) < len(evidence.fit) for step in kept):
         return model
     model = _quantized(run, reference).model
     for step in kept:

@@ -111,7 +111,7 @@ def _scores(
     model: ir.Model, layers: Sequence[FactorLayer], step: DecomposeStep, evidence: Evidence, told: Told
 ) -> list[LayerRanks]:
     """Return the layers with the measured scores of their candidates."""
-    samples = evidence.first(evidence.fit, step.samples)
+    samples = evidence.some(evidence.fit, step.samples)
     reference = _outputs(model, samples)
     scored = []
     for k, (layer, moments) in enumerate(_with_moments(model, layers, step, evidence)):

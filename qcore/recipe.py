@@ -110,6 +110,12 @@ class Recipe(Config):
         return tuple(s for s in self.steps if isinstance(s, TRAINING))
 
     @property
+    def only_packs_smaller(self) -> bool:
+        """Whether a step makes weights that take less in a package and as much in the file."""
+        sparse = any(isinstance(s, FinetuneStep) and s.sparsify is not None for s in self.steps)
+        return sparse or any(isinstance(s, PruneStep | ClusterStep) for s in self.steps)
+
+    @property
     def reads_target(self) -> bool:
         """Whether a step looks at the target profile."""
         return any(isinstance(s, QuantizeStep | QuantizeDynamicStep | BEFORE | AFTER) for s in self.steps)

@@ -42,9 +42,10 @@ class Evidence:
         """The batches of `fit`, then those of `held_out`."""
         return self.fit + self.held_out
 
-    def first(self, batches: tuple[Tensors, ...], samples: int) -> tuple[Tensors, ...]:
-        """Return the first of `batches` that hold at least `samples` samples, or all."""
-        return batches[: -(-samples // self.batch)]
+    def some(self, batches: tuple[Tensors, ...], samples: int) -> tuple[Tensors, ...]:
+        """Return as many of `batches` as hold `samples` samples, evenly spread: data are often sorted by class."""
+        count = min(len(batches), max(1, -(-samples // self.batch)))
+        return tuple(batches[k * len(batches) // count] for k in range(count)) if batches else ()
 
 
 def channel_statistics(

@@ -107,6 +107,20 @@ def shared_samples(a: Dataset, b: Dataset) -> int:
     return len(set(a.indices) & set(b.indices)) if a.source.resolve() == b.source.resolve() else 0
 
 
+FEWEST_FOR_CLASSES = 10
+"""Of fewer samples one class alone says nothing about a split."""
+
+
+def one_class(data: Dataset) -> int | None:
+    """Return the class of all samples of `data`, None where they have several, no labels, or are fewer than ten.
+
+    Stored data are often sorted by class; a split that was cut from them sees nothing of the others.
+    """
+    if data.labels is None or data.n < FEWEST_FOR_CLASSES or any(y != data.labels[0] for y in data.labels):
+        return None
+    return data.labels[0]
+
+
 def some_samples(data: Dataset, n: int) -> Dataset:
     """Return `n` samples of `data`, evenly spread over it; all of them if it has no more."""
     if n >= data.n:

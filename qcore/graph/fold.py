@@ -63,9 +63,9 @@ def _fold_one(bn: ir.Node) -> str | None:
         return "its variance is not positive"
     factor = gamma.astype(np.float64) / np.sqrt(variance.astype(np.float64) + float_attribute(bn, "epsilon", 1e-5))
     shape = [1] * weight.ndim
-    shape[axis] = -1
+    shape[axis] = -1  # below, + 0.0 makes zeros of -0.0
     offset = (0.0 if bias is None else bias.astype(np.float64).reshape(-1)) - mean
-    _set_parameters(layer, weight * factor.reshape(shape), offset * factor + beta, weight.dtype)
+    _set_parameters(layer, weight * factor.reshape(shape) + 0.0, offset * factor + beta, weight.dtype)
     remove_in_favour_of(bn, layer.outputs[0])
     return None
 

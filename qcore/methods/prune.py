@@ -8,6 +8,7 @@ Source: Han et al. 2015 (arXiv 1506.02626); Zhu and Gupta 2017 (arXiv 1710.01878
 2104.08378).
 """
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import numpy as np
@@ -18,103 +19,76 @@ from pydantic import Field, model_validator
 from qcore.config import Config
 from qcore.errors import ModelError
 from qcore.graph.edit import add_initializer, drop_unused_initializers, editable_copy
-from qcore.graph.rewrite import Rewrite, Skipped
-from qcore.graph.traverse import constant_array, int_attribute, node_name
-from qcore.numerics.sparsity import magnitude_mask, pattern_mask
-
-PRUNED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+from qcore.graph.prunable import Prunable, prunable_layers
+from qcore.graph.rewrite import Rewrite
+from qcore.graph.traverse import node_name
+from qcore.numerics.sparsity import joint_masks, lamp_scores, magnitude_mask, pattern_mask, pattern_of
 
 
 class PruneStep(Config):
-    """Options of the recipe step `prune`: the fraction of weights to zero in every layer, and nodes to leave.
+    """Options of the recipe step `prune`: the fraction of weights to zero, and nodes to leave.
 
-    `pattern` N:M instead of a fraction keeps N of every M neighbours along the inputs of a layer.
+    With `scope` layer the fraction is that of every layer, with `scope` model that of all layers together: those whose
+    small weights matter less lose more (LAMP). `pattern` N:M instead of a fraction keeps N of every M neighbours along
+    the inputs of a layer.
     """
 
     method: Literal["prune"] = "prune"
     sparsity: float = Field(default=0.5, ge=0, lt=1)
+    scope: Literal["layer", "model"] = "layer"
     pattern: str | None = Field(default=None, pattern=r"^[1-9][0-9]?:[1-9][0-9]?$")
     exclude: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _one_measure(self) -> Self:
-        if self.pattern is not None and "sparsity" in self.model_fields_set:
-            raise ValueError("sparsity and pattern are both given; allowed: one of them")
-        kept, of = self.kept or (1, 2)
-        if kept >= of:
-            raise ValueError(f"pattern {self.pattern} keeps everything; allowed: N:M with N < M")
+        given = self.model_fields_set & {"sparsity", "scope"}
+        if self.pattern is not None and given:
+            raise ValueError(f"{sorted(given)[0]} and pattern are both given; allowed: one of them")
+        if self.pattern is not None:
+            pattern_of(self.pattern)
         return self
-
-    @property
-    def kept(self) -> tuple[int, int] | None:
-        """How many weights of how many neighbours `pattern` keeps; None without one."""
-        if self.pattern is None:
-            return None
-        kept, of = self.pattern.split(":")
-        return int(kept), int(of)
 
 
 def prune(model: ir.Model, step: PruneStep) -> Rewrite:
     """Return `model` with exactly `round(sparsity * size)` weights of every Conv, Gemm and MatMul set to zero.
 
-    With a pattern N:M, all but N of every M neighbours along the axis of inputs. Layers that share weights share the
-    zeros. Biases are kept.
+    With `scope` model, of all together; with a pattern N:M, all but N of every M neighbours along the axis of inputs.
+    Layers that share weights share the zeros. Biases are kept.
 
     Raises:
         ModelError: no layer has constant weights that can be pruned so.
     """
     out = editable_copy(model)
-    changed: list[str] = []
-    skipped: list[Skipped] = []
-    pruned: dict[tuple[ir.Value, int], ir.Value] = {}
-    for node in [n for n in out.graph if n.op_type in PRUNED and n.domain == ""]:
-        value = node.inputs[1]
-        weight = constant_array(value)
-        reason = None
-        if node_name(node) in step.exclude:
-            reason = "excluded by the recipe"
-        elif value is None or weight is None or not np.issubdtype(weight.dtype, np.floating):
-            reason = "its weights are not float constants"
-        elif step.kept is not None:
-            reason = _pattern_refusal(node, weight, step.kept[1])
-        if reason is not None or value is None or weight is None:
-            skipped.append(Skipped(node=node_name(node), op_type=node.op_type, reason=str(reason)))
-            continue
-        key = (value, 0 if step.kept is None else _input_axis(node, weight.ndim))
-        if key not in pruned:
-            kept = np.where(_mask(node, weight, step), weight, np.zeros_like(weight))
-            pruned[key] = add_initializer(out.graph, f"{value.name}_pruned", kept)
-        node.replace_input_with(1, pruned[key])
-        changed.append(node_name(node))
-    if not changed:
+    of = None if step.pattern is None else pattern_of(step.pattern)[1]
+    layers, skipped = prunable_layers(out, exclude=step.exclude, of=of)
+    if not layers:
         why = f" (of {skipped[0].node}: {skipped[0].reason})" if skipped else ""
         raise ModelError(f"no layer can be pruned: no Conv, Gemm or MatMul has float constant weights that fit{why}")
+    own: dict[tuple[ir.Value, int], Prunable] = {}
+    for layer in layers:
+        own.setdefault(_key(layer, step), layer)
+    masks = dict(zip(own, _masks(list(own.values()), step), strict=True))
+    pruned = {
+        key: add_initializer(
+            out.graph, f"{la.weight.name}_pruned", np.where(masks[key], la.array, np.zeros_like(la.array))
+        )
+        for key, la in own.items()
+    }
+    for layer in layers:
+        layer.node.replace_input_with(1, pruned[_key(layer, step)])
     drop_unused_initializers(out.graph)
-    return Rewrite(model=out, changed=tuple(changed), skipped=tuple(skipped))
+    return Rewrite(model=out, changed=tuple(node_name(la.node) for la in layers), skipped=skipped)
 
 
-def _mask(node: ir.Node, weight: NDArray[np.floating], step: PruneStep) -> NDArray[np.bool_]:
-    if step.kept is None:
-        return magnitude_mask(weight, step.sparsity)
-    return pattern_mask(weight, *step.kept, axis=_input_axis(node, weight.ndim))
+def _key(layer: Prunable, step: PruneStep) -> tuple[ir.Value, int]:
+    """Return what layers share that shall have the same zeros."""
+    return layer.weight, 0 if step.pattern is None else layer.axis
 
 
-def _input_axis(node: ir.Node, dimensions: int) -> int:
-    """Return the axis of a layer's weights that its products sum over, channels only."""
-    match node.op_type:
-        case "Conv":
-            return 1
-        case "ConvTranspose":
-            return 0
-        case "Gemm":
-            return 1 if int_attribute(node, "transB", 0) else 0
-        case _:
-            return max(dimensions - 2, 0)
-
-
-def _pattern_refusal(node: ir.Node, weight: NDArray[np.floating], of: int) -> str | None:
-    """Return why no pattern over `of` inputs can be laid on the weights of `node`, or None."""
-    if node.op_type == "ConvTranspose" and int_attribute(node, "group", 1) != 1:
-        return "its input channels are in groups"
-    inputs = weight.shape[_input_axis(node, weight.ndim)]
-    return f"it has {inputs} inputs per output and tap, fewer than {of}" if inputs < of else None
+def _masks(layers: Sequence[Prunable], step: PruneStep) -> list[NDArray[np.bool_]]:
+    if step.pattern is not None:
+        kept, of = pattern_of(step.pattern)
+        return [pattern_mask(la.array, kept, of, axis=la.axis) for la in layers]
+    if step.scope == "model":
+        return joint_masks([lamp_scores(la.array) for la in layers], step.sparsity)
+    return [magnitude_mask(la.array, step.sparsity) for la in layers]

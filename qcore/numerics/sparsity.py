@@ -1,5 +1,7 @@
 """Which weights to zero: masks as arrays, without a graph."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +28,51 @@ def magnitude_mask(w: Float, sparsity: float) -> NDArray[np.bool_]:
     mask = np.ones(w.size, bool)
     mask[np.argsort(np.abs(w), axis=None, kind="stable")[:drop]] = False
     return mask.reshape(w.shape)
+
+
+def lamp_scores(w: Float) -> NDArray[np.float64]:
+    """Return the squares of `w`, each over the sum of itself and of all larger ones, shape of `w`.
+
+    By these scores weights of different layers can be compared: what goes is what matters least in its layer. The
+    largest weight of every layer scores 1, so no layer is emptied before all are down to one.
+
+    Source: Lee et al. 2021 (arXiv 2010.07611) equation 3.
+    """
+    power = np.square(np.asarray(w, np.float64).reshape(-1))
+    order = np.argsort(power, kind="stable")
+    left = np.cumsum(power[order][::-1])[::-1]
+    scores = np.empty_like(power)
+    scores[order] = np.divide(power[order], left, out=np.zeros_like(power), where=left > 0)
+    return scores.reshape(np.shape(w))
+
+
+def joint_masks(scores: Sequence[Float], sparsity: float) -> list[NDArray[np.bool_]]:
+    """Return the masks, of the shapes of `scores`, that keep the largest scores of all arrays together.
+
+    Exactly `round(sparsity * number of scores)` are dropped; among equal ones the earlier first.
+
+    Args:
+        scores: one array per layer, of any shape, not negative.
+        sparsity: fraction to drop, in [0, 1).
+
+    Raises:
+        ValueError: sparsity is outside [0, 1).
+    """
+    whole = magnitude_mask(np.concatenate([np.reshape(s, -1) for s in scores]), sparsity)
+    ends = np.cumsum([s.size for s in scores])
+    return [part.reshape(s.shape) for part, s in zip(np.split(whole, ends[:-1]), scores, strict=True)]
+
+
+def pattern_of(text: str) -> tuple[int, int]:
+    """Return N and M of a pattern "N:M", 1 <= N < M.
+
+    Raises:
+        ValueError: it is none.
+    """
+    kept, _, of = text.partition(":")
+    if not (kept.isdecimal() and of.isdecimal() and 1 <= int(kept) < int(of)):
+        raise ValueError(f"pattern is {text}; allowed: N:M with 1 <= N < M, e.g. 2:4")
+    return int(kept), int(of)
 
 
 def pattern_mask(w: Float, kept: int, of: int, axis: int) -> NDArray[np.bool_]:

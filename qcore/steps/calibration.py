@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qcore.canonical import Json
 from qcore.steps.children import Call, run_children
-from qcore.steps.guard import Progress, refuse_overwrite, silent
+from qcore.steps.guard import Progress, open_calibration, refuse_overwrite, silent
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,7 +57,6 @@ def calibrate(
         QcoreError: model, data or options cannot be used, or a process was killed.
     """
     from qcore.calibration import CalibrationOptions, merge_tables, save_table, shard_of
-    from qcore.data.dataset import open_dataset
     from qcore.errors import CalibrationError, ModelError
     from qcore.runtime.heap import one_heap
 
@@ -69,7 +68,7 @@ def calibrate(
     one_heap()
     patterns = tuple(sorted(set(tensors)))
     options = CalibrationOptions(bins=bins, decay=decay, tensors=patterns)
-    dataset = open_dataset(data, split)
+    dataset = open_calibration(data, split)
     with tempfile.TemporaryDirectory(prefix="qcore-calibrate-") as name:
         folder = Path(name)
         plan = _planned(model, patterns, _sample_shapes(dataset), folder)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qcore.canonical import Digest, Json
 from qcore.errors import ConfigError
 from qcore.steps.calibration import CALIBRATION_BINS, count_table
-from qcore.steps.guard import OnEpoch, Progress, is_first, refuse_overwrite, silent, unseen
+from qcore.steps.guard import OnEpoch, Progress, is_first, open_calibration, refuse_overwrite, silent, unseen
 from qcore.steps.training import Training
 
 if TYPE_CHECKING:
@@ -132,12 +132,10 @@ def decompose(
         split: runs through the model.
         progress: told how far it is.
     """
-    from qcore.data.dataset import open_dataset
-
     options = {"macs": macs, "size": size, "multiple": multiple}
     recipe = _one_step("decompose", {k: v for k, v in options.items() if v is not None})
     refuse_overwrite(out, model, data=data)
-    return _compressed(model, out, recipe, ANY_TARGET, open_dataset(data, split), progress)
+    return _compressed(model, out, recipe, ANY_TARGET, open_calibration(data, split), progress)
 
 
 def _one_step(method: str, options: Mapping[str, Json]) -> "Recipe":
@@ -174,14 +172,13 @@ def prune_channels(
         progress: told how far it is.
     """
     from qcore.config import check_config
-    from qcore.data.dataset import open_dataset
     from qcore.recipe import Recipe
 
     step = {"method": "prune-channels", "macs": macs, "size": size, "latency": latency}
     value = {"name": "prune-channels", "steps": [{"method": "fold-batchnorm"}, step]}
     recipe = check_config(value, Recipe, "prune options")
     refuse_overwrite(out, model, data=data)
-    return _compressed(model, out, recipe, ANY_TARGET, open_dataset(data, split), progress)
+    return _compressed(model, out, recipe, ANY_TARGET, open_calibration(data, split), progress)
 
 
 def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recipe: str = "int8") -> CompressionSummary:
@@ -240,7 +237,6 @@ def compress(
     Raises:
         ConfigError: the recipe needs calibration data and there are none. Data that it does not need are not read.
     """
-    from qcore.data.dataset import open_dataset
     from qcore.recipe import load_recipe
 
     loaded = load_recipe(recipe)
@@ -257,7 +253,7 @@ def compress(
     if loaded.training_steps:
         training = Training(data=data, split=split, device=device, progress=progress, on_epoch=on_epoch)
         return trained(model, out, loaded, target, training)
-    return _compressed(model, out, loaded, target, open_dataset(data, split), progress)
+    return _compressed(model, out, loaded, target, open_calibration(data, split), progress)
 
 
 def trained(model: Path, out: Path, recipe: "Recipe", target: str, training: Training) -> CompressionSummary:
@@ -267,7 +263,6 @@ def trained(model: Path, out: Path, recipe: "Recipe", target: str, training: Tra
     """
     import tempfile
 
-    from qcore.data.dataset import open_dataset
     from qcore.graph.io import parse_model, read_model_bytes
     from qcore.steps.training import checkpoint_of, parted, school_of, splits
 
@@ -278,7 +273,7 @@ def trained(model: Path, out: Path, recipe: "Recipe", target: str, training: Tra
     parsed = parse_model(raw, str(model))
     learn, judge = splits(training.data, training.split, recipe.training_steps[0])
     # Who judges training must not have taught the steps before it either.
-    own = learn if judge.split == training.split else open_dataset(training.data, training.split)
+    own = learn if judge.split == training.split else open_calibration(training.data, training.split)
     dataset = own if recipe.reads_calibration_data else None
     with tempfile.TemporaryDirectory(prefix="qcore-train-") as folder, parted():
         school = school_of(raw, training, out=out, folder=Path(folder))
@@ -395,10 +390,7 @@ def _packed(raw: bytes, recipe: "Recipe") -> int | None:
     """Return the size of `raw` inside a package, where the recipe has a step that makes only that smaller."""
     from importlib.util import find_spec
 
-    from qcore.methods.cluster import ClusterStep
-    from qcore.methods.prune import PruneStep
-
-    if find_spec("zstandard") is None or not any(isinstance(s, PruneStep | ClusterStep) for s in recipe.steps):
+    if find_spec("zstandard") is None or not recipe.only_packs_smaller:
         return None
     from qcore.release.package import packed_size
 

@@ -1,5 +1,6 @@
 """What every step shares: progress, and the refusal to write over its own inputs."""
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import TYPE_CHECKING
 from qcore.errors import ConfigError
 
 if TYPE_CHECKING:
+    from qcore.data.dataset import Dataset
     from qcore.methods.finetune import Epoch
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and of how many; 0 where nobody can know."""
@@ -58,3 +62,22 @@ def refuse_overwrite(out: Path, *inputs: Path | str, data: Path | None = None) -
             raise ConfigError(
                 f"output {out} lies in the data folder {folder}; inputs are never changed; pass another path"
             )
+
+
+def open_calibration(data: Path, split: str) -> "Dataset":
+    """Return the split that a model is calibrated on; one that holds a single class is said, since ranges need all.
+
+    Raises:
+        QcoreError: as `qcore.data.dataset.open_dataset`.
+    """
+    from qcore.data.dataset import one_class, open_dataset
+
+    dataset = open_dataset(data, split)
+    if (only := one_class(dataset)) is not None:
+        logger.warning(
+            "split %r of %s holds class %d only: ranges of other classes are not seen; cut it from all classes",
+            split,
+            dataset.card.name,
+            only,
+        )
+    return dataset

@@ -13,7 +13,7 @@ from qcore import __version__
 from qcore.canonical import Digest, sha256_bytes, sha256_json
 from qcore.errors import ConfigError
 from qcore.steps.compression import gathered
-from qcore.steps.guard import Progress, refuse_overwrite, silent
+from qcore.steps.guard import Progress, open_calibration, refuse_overwrite, silent
 from qcore.steps.tries import journal_path
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def sensitivity(
         precision: what the one layer runs in.
         progress: told how far it is.
     """
-    from qcore.data.dataset import open_dataset, some_samples
+    from qcore.data.dataset import some_samples
     from qcore.files import write_json
     from qcore.graph.io import parse_model, read_model_bytes
     from qcore.recipe import load_recipe
@@ -85,7 +85,7 @@ def sensitivity(
         raise ConfigError(f"samples is {samples}; allowed: 1 or more")
     for path in (out, journal_path(out)):
         refuse_overwrite(path, model, recipe, target, data=data)
-    raw, dataset = read_model_bytes(model), open_dataset(data, split)
+    raw, dataset = read_model_bytes(model), open_calibration(data, split)
     loaded, parsed = load_recipe(recipe), parse_model(raw, str(model))
     evidence = gathered(parsed, dataset, loaded.needs_samples, progress)
     prepared = prepare(parsed, loaded, load_target(target), evidence, [sha256_bytes(raw), dataset.sha256])

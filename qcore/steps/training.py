@@ -1,6 +1,7 @@
 """What training steps of a recipe learn from: splits of a data card, opened for reading in any order."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from qcore.training.course import Feed
     from qcore.training.finetune import Schooling
 
+logger = logging.getLogger(__name__)
 School = Callable[["TRAINING", int], "Schooling"]
 JUDGES = 10  # without a validation split one sample in so many judges
 _CHECKPOINT = "checkpoint"
@@ -106,19 +108,35 @@ def splits(data: Path, split: str, step: "TRAINING") -> "tuple[Dataset, Dataset]
         DataError: the two share samples, or there are fewer than two.
     """
     from qcore.data.card import load_card
-    from qcore.data.dataset import open_dataset, shared_samples
+    from qcore.data.dataset import one_class, open_dataset, shared_samples
 
     known = load_card(data)[0].splits
     named = step.model_fields_set
     learn = open_dataset(data, step.train if step.train in known or "train" in named else split)
     if step.validation in known or "validation" in named:
         judge = open_dataset(data, step.validation)
+        one = one_class(judge)
+        if one is not None and one_class(learn) is None and "validation" not in named:
+            logger.warning(
+                "split %r of %s holds class %d only, which cannot judge; one sample in %d of %r judges instead",
+                judge.split,
+                judge.card.name,
+                one,
+                JUDGES,
+                learn.split,
+            )
+            return _divided(learn)
         if shared := shared_samples(learn, judge):
             raise DataError(
                 f"splits {learn.split!r} and {judge.split!r} share {shared} samples, so training would judge itself by "
                 "what it learns; correct the card"
             )
         return learn, judge
+    return _divided(learn)
+
+
+def _divided(learn: "Dataset") -> "tuple[Dataset, Dataset]":
+    """Return what is learnt from and what judges, of one split."""
     if learn.n < 2:
         raise DataError(f"split {learn.split!r} has {learn.n} sample; allowed: 2 or more, since some must judge")
     held = set(range(min(JUDGES, learn.n) - 1, learn.n, JUDGES))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qcore.canonical import Digest, Json, sha256_bytes, sha256_json
 from qcore.errors import ConfigError
 from qcore.steps.compression import gathered, refuse_unusable
-from qcore.steps.guard import Progress
+from qcore.steps.guard import Progress, open_calibration
 from qcore.steps.judgement import BRIEF, ONE_RUN, TIMING, Judge, judge_of, judged, judged_itself
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def open_bench(
     from qcore.target import is_host, load_target
     from qcore.trials import source_sha256
 
-    model, profile, dataset = parse_model(raw, name), load_target(target), open_dataset(data, split)
+    model, profile, dataset = parse_model(raw, name), load_target(target), open_calibration(data, split)
     refuse_non_finite_weights(model)  # before the float model is judged: its outputs would say less
     judging = open_dataset(data, judged_on or _judging(dataset))
     timed = times or is_host(profile)

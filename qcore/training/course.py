@@ -43,7 +43,8 @@ class Course:
     """A split to learn from or to judge by.
 
     `teach` is None where no teacher is needed. `layout` is that of the model's inputs. `rank` and `world` say which
-    part of every batch this process takes. `kept` holds what the teacher said, see `ask_teacher`.
+    part of every batch this process takes. With `whole` the last batch of an epoch is left out if it is smaller than
+    the others. `kept` holds what the teacher said, see `ask_teacher`.
     """
 
     samples: Samples
@@ -56,11 +57,14 @@ class Course:
     folder: Path
     rank: int = 0
     world: int = 1
+    whole: bool = False
     kept: dict[str, NDArray[np.generic]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
         """Steps of an epoch."""
+        if self.whole:
+            return max(1, self.samples.n // self.batch)
         return math.ceil(self.samples.n / self.batch)
 
     @property

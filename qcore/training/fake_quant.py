@@ -55,7 +55,7 @@ class FakeQuantizer(torch.nn.Module):
         q, scale = self._q, self._scales.scale(self._name).reshape(1)
         factor = 1.0 / (x.numel() * max(q.qmax, 1)) ** 0.5
         # torch's own kernel: one pass forward and one back, where the formula as written would take nine.
-        return torch._fake_quantize_learnable_per_tensor_affine(x, scale, self.zero, q.qmin, q.qmax, factor)
+        return torch._fake_quantize_learnable_per_tensor_affine(x.float(), scale, self.zero, q.qmin, q.qmax, factor)
 
 
 class FakeWeights(torch.nn.Module):

@@ -4,7 +4,7 @@ ONNX in, ONNX out: the graph runs in torch under its own names, and what was tra
 initializers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,35 @@ from qcore.graph.edit import editable_copy
 from qcore.graph.fake_quant import FakeQuantized, fake_quantized, with_trained
 from qcore.graph.grid import LAYERS
 from qcore.graph.io import serialize_model
-from qcore.graph.rewrite import Rewrite
+from qcore.graph.rewrite import Rewrite, Skipped
 from qcore.graph.traverse import constant_array, int_attribute, node_name
-from qcore.methods.finetune import FEWEST_LABELS, Augment, Epoch, FinetuneStep, QatStep, TrainingStep
+from qcore.graph.unfold import folded_back, idle_biases, outputs_to_normalize, unfold_batchnorm
+from qcore.methods.finetune import (
+    FEWEST_FOR_STATISTICS,
+    FEWEST_LABELS,
+    Augment,
+    Epoch,
+    FinetuneStep,
+    QatStep,
+    TrainingStep,
+)
+from qcore.numerics.channels import channel_stats
 from qcore.placement import channel_axis
+from qcore.runtime.nodewise import expose
 from qcore.target import TargetProfile
 from qcore.training.course import Course, Feed, Teach
 from qcore.training.executor import Executor, ExecutorOptions, build_executor
 from qcore.training.fake_quant import quantizers_of
-from qcore.training.kept import kept_structure
+from qcore.training.kept import KeptClusters, kept_structure
 from qcore.training.loop import Assignment, Journey, Trained, train
 from qcore.training.objective import Objective, is_distribution
 from qcore.training.processes import Processes, join
+from qcore.training.sparsify import Sparse, SparsifiedWeights, sparse_weights, steps_until_whole
 from qcore.training.teacher import teach_of
 from qcore.training.weights import trainable_names, with_values
 
 Array = NDArray[Any]
-_SMALLEST_SIZE = 1e-4  # of what a tensor of zeros, a bias perhaps, may learn in
+_MEASURED = 256  # samples that batch norms begin with
 _LOOKED_AT = 64  # samples that show what the teacher makes
 
 
@@ -86,6 +98,14 @@ class _Class:
     key: Digest
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Extras:
+    """What zeroes weights on the way, and whether all batches must have the same size."""
+
+    sparsified: SparsifiedWeights | None = None
+    whole: bool = False
+
+
 def finetune(model: ir.Model, original: ir.Model, step: FinetuneStep, schooling: Schooling) -> Lessons:
     """Return the float `model` with its weights trained.
 
@@ -103,14 +123,32 @@ def finetune(model: ir.Model, original: ir.Model, step: FinetuneStep, schooling:
         raise ModelError("the model has no float weights to train; train before it is quantized")
     constants = editable_copy(model).graph.initializers
     kept = _kept({n: constant_array(constants.get(n)) for n in names}, step)
-    student = build_executor(model, ExecutorOptions(trainable=names, transforms=kept, intermediates=step.features))
-    groups = [{"params": _parameters(student, names), "lr": step.learning_rate}]
-    trained = _trained(student, groups, _class(model, (model,), schooling.teacher or original), step, schooling)
+    sparse: dict[str, Sparse] = {}
+    skipped: tuple[Skipped, ...] = ()
+    if step.sparsify is not None:
+        sparse, skipped = sparse_weights(editable_copy(model), step.sparsify, names, kept)
+    open_model = _unfolded(model, step, schooling, kept)
+    kept = {**kept, **sparse}
+    # Their gradients are rounding errors, of which Adam would make whole steps that running means lag behind.
+    idle = frozenset() if open_model is model else idle_biases(open_model)
+    names = tuple(n for n in trainable_names(open_model) if n not in idle)
+    options = ExecutorOptions(
+        trainable=names, transforms=kept, intermediates=step.features, batch_statistics=open_model is not model
+    )
+    student = build_executor(open_model, options)
+    weights = student.weights
+    sparsified = None
+    if step.sparsify is not None:
+        sparsified = SparsifiedWeights(step=step.sparsify, weights=tuple((s, weights[n]) for n, s in sparse.items()))
+    extras = _Extras(sparsified=sparsified, whole=open_model is not model)
+    known = _class(model, (model,), schooling.teacher or original)
+    trained = _trained(student, _groups(student, names, step), known, (step, extras), schooling)
     if trained.best == 0:
         return _lessons(Rewrite(model=model), trained, schooling)
     student.load_state_dict(trained.state)
-    values = _effective(student, names, kept)
-    return _lessons(Rewrite(model=with_values(model, values), changed=names), trained, schooling)
+    found = with_values(open_model, {**student.values, **_effective(student, names, kept)})
+    found = found if open_model is model else folded_back(found, editable_copy(model))
+    return _lessons(Rewrite(model=found, changed=names, skipped=skipped), trained, schooling)
 
 
 def quantization_aware(
@@ -144,12 +182,12 @@ def quantization_aware(
     transforms = rounded | {n: torch.nn.Sequential(*([kept[n]] if n in kept else []), q) for n, q in weights.items()}
     options = ExecutorOptions(trainable=names, transforms=transforms, intermediates=step.features)
     student = build_executor(fake.model, options)
-    groups = [{"params": [p], "lr": step.learning_rate * _size(p)} for p in _parameters(student, names)]
+    groups = _groups(student, names, step)
     if step.learn_scales:
         moving = [p for p in scales.parameters() if p.requires_grad]
         groups.append({"params": moving, "lr": step.scale_learning_rate, "weight_decay": 0.0})
     known = _class(quantized, (quantized, models[0]), schooling.teacher or models[1])
-    trained = _trained(student, groups, known, step, schooling)
+    trained = _trained(student, groups, known, (step, _Extras()), schooling)
     rewrite = Rewrite(model=quantized, skipped=fake.skipped)
     if trained.best == 0:
         return _lessons(rewrite, trained, schooling)
@@ -163,6 +201,24 @@ def quantization_aware(
         changed=tuple(la.node for la in fake.layers),
     )
     return _lessons(rewrite, trained, schooling)
+
+
+def _unfolded(
+    model: ir.Model, step: FinetuneStep, schooling: Schooling, kept: Mapping[str, torch.nn.Module]
+) -> ir.Model:
+    """Return `model` with batch norms behind its convolutions if it shall learn with them, else `model` itself."""
+    wanted = step.batch_norms
+    if wanted is None:
+        shared = any(isinstance(m, KeptClusters) for modules in kept.values() for m in modules.modules())
+        many = schooling.learn.n >= FEWEST_LABELS and step.batch >= FEWEST_FOR_STATISTICS
+        wanted = many and not shared
+    names = outputs_to_normalize(editable_copy(model)) if wanted else ()
+    if not names:
+        return model
+    places = np.linspace(0, schooling.learn.n - 1, min(_MEASURED, schooling.learn.n)).astype(np.int64)
+    made = expose(model, names)(schooling.feed(schooling.learn, places)[0])
+    stats = {name: channel_stats(made[name].astype(np.float32, copy=False)) for name in names}
+    return unfold_batchnorm(model, {name: (s.mean, s.variance) for name, s in stats.items()})
 
 
 def _class(start: ir.Model, made_from: tuple[ir.Model, ...], teacher: ir.Model) -> _Class:
@@ -200,13 +256,17 @@ def _kept(weights: Mapping[str, Array | None], step: TrainingStep) -> dict[str, 
     return kept
 
 
-def _parameters(student: Executor, names: Any) -> list[torch.nn.Parameter]:
-    return [p for name, p in student.weights.items() if name in set(names)]
+def _groups(student: Executor, names: Collection[str], step: TrainingStep) -> list[dict[str, Any]]:
+    """Return the trained tensors as an optimizer takes them, each with its own rate.
 
-
-def _size(p: torch.nn.Parameter) -> float:
-    """Return the root of the mean square of a tensor: equalized layers differ a thousandfold in it."""
-    return float(p.detach().square().mean().sqrt().clamp_min(_SMALLEST_SIZE))
+    The size of a tensor is the root of its mean square: equalized layers differ a thousandfold in it. One of zeros, a
+    bias perhaps, learns at the rate of the middle one.
+    """
+    trained = set(names)
+    weights = [p for name, p in student.weights.items() if name in trained]
+    sizes = [float(p.detach().square().mean().sqrt()) for p in weights]
+    middle = float(np.median([s for s in sizes if s] or [1.0]))
+    return [{"params": [p], "lr": step.learning_rate * (s or middle)} for p, s in zip(weights, sizes, strict=True)]
 
 
 def _effective(student: Executor, names: Any, kept: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
@@ -217,17 +277,25 @@ def _effective(student: Executor, names: Any, kept: Mapping[str, torch.nn.Module
 
 
 def _trained(
-    student: Executor, groups: list[dict[str, Any]], known: _Class, step: TrainingStep, schooling: Schooling
+    student: Executor,
+    groups: list[dict[str, Any]],
+    known: _Class,
+    how: tuple[TrainingStep, _Extras],
+    schooling: Schooling,
 ) -> Trained:
+    step, extras = how
     teach = teach_of(known.teacher, known.start, step.features)
     objective = _objective(teach, str(known.start.graph.outputs[0].name), step, schooling)
     processes = join(schooling.device)
+    learn = _course(teach if objective.needs_teacher else None, step, schooling, processes)
+    learn = replace(learn, whole=extras.whole)
     task = Assignment(
-        learn=_course(teach if objective.needs_teacher else None, step, schooling, processes),
+        learn=learn,
         judge=replace(
-            _course(teach if objective.needs_teacher else None, step, schooling, processes),
+            learn,
             samples=schooling.judge,
             augment=Augment(),
+            whole=False,
             folder=schooling.folder / "judge",
             kept={},
         ),
@@ -239,10 +307,17 @@ def _trained(
             key=sha256_json([schooling.key, known.key, step.sha256, processes.world]),
             told=schooling.told,
             on_epoch=schooling.on_epoch,
+            after_gradient=() if extras.sparsified is None else (extras.sparsified,),
+            first=0 if extras.sparsified is None else _first_whole(extras.sparsified, step.epochs, learn.steps),
         ),
     )
     task.judge.folder.mkdir(exist_ok=True)
     return train(student, groups, task)
+
+
+def _first_whole(sparsified: SparsifiedWeights, epochs: int, steps: int) -> int:
+    """Return the number of the first epoch at whose end all weights are zero that shall be."""
+    return steps_until_whole(sparsified.step, epochs * steps) // steps + 1
 
 
 def _course(teach: Teach | None, step: TrainingStep, schooling: Schooling, processes: Processes) -> Course:

@@ -40,7 +40,8 @@ class Journey:
     """Where a run keeps its state (None: nowhere), under which key, and who is told of it.
 
     `told` gets what is done, steps done, and of how many; `on_epoch` every epoch. `after_gradient` are called with the
-    number of the step and of all steps, when gradients are there and before they are used.
+    number of the step and of all steps, when gradients are there and before they are used. `first` is the number of the
+    first epoch whose state may be kept; 0 is the state before training.
     """
 
     checkpoint: Path | None = None
@@ -48,6 +49,7 @@ class Journey:
     told: Told = lambda what, done, total: None
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
     after_gradient: tuple[AfterGradient, ...] = ()
+    first: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +133,8 @@ def _found(task: Assignment) -> State | None:
 
 def _goes_on(run: _Run) -> bool:
     step = run.task.step
-    patient = not step.patience or len(run.epochs) - 1 - run.best < step.patience
+    best = max(run.best, run.task.journey.first)
+    patient = not step.patience or len(run.epochs) - 1 - best < step.patience
     return len(run.epochs) <= step.epochs and patient
 
 
@@ -159,6 +162,7 @@ def rate_at(step: TrainingStep, done: int, total: int) -> float:
 def _epoch(run: _Run) -> None:
     """Learn from all samples once, judge, and keep the state if it is the best so far."""
     task, step, device = run.task, run.task.step, run.task.processes.device
+    journey = task.journey
     started, number = time.monotonic(), len(run.epochs)
     total = step.epochs * task.learn.steps
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
@@ -172,26 +176,31 @@ def _epoch(run: _Run) -> None:
         loss = _loss(run, lesson) * lesson.share
         loss.backward()
         add_gradients(parameters, task.processes)
-        for call in task.journey.after_gradient:
+        for call in journey.after_gradient:
             call(done, total)
         if step.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, step.clip_norm)
         run.optimizer.step()
         _average(run)
         losses += loss.detach()
-        task.journey.told("training", done + 1, total)
+        journey.told("training", done + 1, total)
     mean = float(add_up(losses, task.processes)) / task.learn.steps / task.processes.world
     _refuse_diverged(run, "loss", mean, number)
     last = _swapped(run)
     _judge(run, mean, started)
-    if run.epochs[-1].validation < run.epochs[run.best].validation:
+    if number == journey.first or (
+        number > journey.first and run.epochs[-1].validation < run.epochs[run.best].validation
+    ):
         run.best, run.state = number, _copied(run.student)
     _put(run.student, last)
 
 
 def _loss(run: _Run, lesson: Lesson) -> torch.Tensor:
-    device = run.task.processes.device
-    made = run.student(_moved(lesson.x, device))
+    device, precision = run.task.processes.device, run.task.step.precision
+    short = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    with torch.autocast(device.type, torch.bfloat16, enabled=short):
+        made = run.student(_moved(lesson.x, device))
+    made = {name: v.float() if v.dtype == torch.bfloat16 else v for name, v in made.items()}
     return loss_of(run.task.objective, made, _moved(lesson.teacher, device), _labels(lesson, device))
 
 

@@ -4,22 +4,20 @@ import numpy as np
 import onnx
 import pytest
 from channelled import run_all
-from models import conv_net, save, write_data
+from models import conv_net
 from quantizing import quantized
 from recovering import Net, evidence_of, images, parsed
 
-from qcore import channel_pruning, steps
-from qcore.channel_pruning import prune_channels, spread
-from qcore.compression import compress
+from qcore import channel_pruning
+from qcore.channel_pruning import prune_channels
 from qcore.config import check_config
-from qcore.errors import ConfigError, ModelError
+from qcore.errors import ModelError
 from qcore.graph.channels import channel_groups
 from qcore.graph.cost import model_macs
 from qcore.graph.io import serialize_model
 from qcore.methods.prune_channels import PruneChannelsStep
-from qcore.recipe import Recipe, load_recipe
+from qcore.recipe import Recipe
 from qcore.recovery import output_distance
-from qcore.target import load_target
 
 SMALL = {"multiple": 2, "min_channels": 2}
 
@@ -139,59 +137,3 @@ def test_refusals():
         prune_channels(model, PruneChannelsStep(macs=0.05), evidence())
     with pytest.raises(ModelError, match=r"is quantized; allowed: float models; prune channels first"):
         prune_channels(quantized(conv_net(), "x86-avx2").model, PruneChannelsStep(), evidence())
-
-
-def test_samples_are_spread_over_sorted_data():
-    batches = [{"x": np.full(1, k)} for k in range(10)]
-    assert [int(b["x"][0]) for b in spread(batches, 4)] == [0, 3, 6, 9]
-    assert len(spread(batches, 100)) == 10
-    assert len(spread(batches, 0)) == 1
-
-
-def test_a_recipe_prunes_then_quantizes_and_the_same_run_gives_the_same_bytes():
-    model, known, target = parsed(wide_net()), evidence(), load_target("x86-avx2")
-    given = recipe(
-        {"method": "fold-batchnorm"},
-        {"method": "prune-channels", "macs": 0.6, **SMALL},
-        {"method": "quantize"},
-        {"method": "correct-bias"},
-    )
-    one, two = (compress(model, given, target, known) for _ in range(2))
-    assert serialize_model(one.model) == serialize_model(two.model)
-    assert [s.method for s in one.steps][1] == "prune-channels"
-    assert {r.what for r in one.steps[1].resized} == {"macs", "size_bytes", "latency_ms", "channels"}
-    assert model_macs(one.reference) <= 0.6 * model_macs(model)
-
-
-def test_the_recipe_needs_data_and_comes_before_quantize():
-    loaded = load_recipe("channels60")
-    assert loaded.needs_calibration
-    assert loaded.needs_samples
-    with pytest.raises(ConfigError, match="needs calibration data"):
-        compress(parsed(wide_net()), loaded, load_target("x86-avx2"), None)
-    behind = recipe({"method": "quantize"}, {"method": "prune-channels"})
-    with pytest.raises(ConfigError, match="step prune-channels follows quantize"):
-        compress(parsed(wide_net()), behind, load_target("x86-avx2"), evidence())
-
-
-def test_the_step_on_files(tmp_path):
-    proto = wide_net()
-    model, card = save(proto, tmp_path / "m.onnx"), write_data(tmp_path / "data", proto)
-    told = []
-    summary = steps.prune_channels(
-        model=model, data=card, out=tmp_path / "out.onnx", macs=0.7, progress=lambda *a: told.append(a)
-    )
-    shown = summary.to_json()
-    assert shown["size_bytes"] < shown["input_size_bytes"]
-    (resized,) = (s["resized"] for s in shown["steps"] if s["method"] == "prune-channels")
-    assert {
-        "what": "macs",
-        "of": "",
-        "before": float(model_macs(parsed(proto))),
-        "after": resized[0]["after"],
-    } in resized
-    assert any("trials" in what for what, _, _ in told)
-    onnx.checker.check_model(onnx.load(summary.output), full_check=True)
-    table = tmp_path / "t.json"
-    with pytest.raises(ConfigError, match=r"changes weights \(prune-channels\) before it quantizes"):
-        steps.quantize(model=model, table=table, out=tmp_path / "q.onnx", recipe="channels60")

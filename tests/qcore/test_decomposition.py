@@ -100,7 +100,7 @@ def test_scores_are_the_output_error_with_one_layer_alone():
     w = node.inputs[1].const_value.numpy().astype(np.float64)
     first = layer.scores[0]
     blind = reconstruct(factorize("svd", w, first.ranks))
-    seen = evidence.first(evidence.fit, step.samples)
+    seen = evidence.some(evidence.fit, step.samples)
     x = np.concatenate([b["x"] for b in seen])
     worse = normalised_mse(outputs(model, x), outputs(with_weight(model, layer.node, blind, None), x))
     assert 0 < first.score < worse  # moments of the inputs and the bias help

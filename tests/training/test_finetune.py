@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from learning import CARD, small_net, write_blobs
+from learning import CARD, blobs, small_net, write_blobs
 from models import model_of, save
 from onnx import helper, numpy_helper
 from quantizing import constants, run
@@ -14,7 +14,9 @@ pytest.importorskip("torch", reason="the extra `train` is not installed")
 
 from qcore import steps
 from qcore.errors import ConfigError, DataError, ModelError, QcoreError
+from qcore.graph.unfold import unfold_batchnorm
 from qcore.steps import CompressionSummary
+from qcore.training import finetune as training
 
 TARGET = "npu-int8-symmetric"
 CLUSTERS = 6
@@ -45,7 +47,7 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
 
 
-FINETUNE = "method: finetune, epochs: 2, batch: 32, learning_rate: 0.05, teacher_weight: 0"
+FINETUNE = "method: finetune, epochs: 2, batch: 32, learning_rate: 0.1, teacher_weight: 0"
 QAT = "method: qat, epochs: 2, batch: 32, learning_rate: 0.02, teacher_weight: 0"
 QUANTIZE = "method: quantize, per_channel: false"
 
@@ -92,6 +94,35 @@ def test_finetuning_keeps_zeros_and_shared_values(kind: str, folder: Folder) -> 
         assert np.array_equal(partition(got), partition(w)) or len(np.unique(got)) == len(np.unique(w))
         for value in np.unique(w):
             assert len(np.unique(got[w == value])) == 1
+
+
+def test_batch_norms_come_and_go_while_a_model_learns(folder: Folder) -> None:
+    proto, w = structured("zeros")
+    plain, _ = folder.compress(proto, FINETUNE)
+    after, made = folder.compress(proto, f"{FINETUNE}, batch_norms: true")
+    step = trained_one(made)
+    assert [(n.op_type, list(n.input), list(n.output)) for n in after.graph.node] == [
+        (n.op_type, list(n.input), list(n.output)) for n in proto.graph.node
+    ]
+    assert np.array_equal(constants(after)["w"] == 0, w == 0)
+    assert not np.array_equal(constants(after)["w"], constants(plain)["w"])
+    x, y = blobs()
+    right = (run(after.SerializeToString(), x[192:]).argmax(axis=1) == y[192:]).mean()
+    assert right == pytest.approx(step.epochs[step.best].accuracy)  # what was judged is what was written
+
+
+@pytest.mark.parametrize(
+    ("options", "used"), [("", True), (", batch: 8", False), (", batch_norms: false", False)], ids=str
+)
+def test_batch_norms_are_used_where_samples_and_batches_allow_it(
+    options: str, used: bool, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    monkeypatch.setattr(training, "FEWEST_LABELS", 100)
+    monkeypatch.setattr(training, "unfold_batchnorm", lambda *a: opened.append(a) or unfold_batchnorm(*a))
+    for kind in ("zeros", "clusters"):
+        folder.compress(structured(kind)[0], f"method: finetune, epochs: 1{options or ', batch: 32'}")
+    assert len(opened) == used  # never for shared values: folding would part them
 
 
 @pytest.mark.parametrize("kind", ["zeros", "clusters", "both"])
@@ -171,7 +202,8 @@ def test_training_starts_from_the_very_model_that_it_is_given(target: str, bits:
 
 
 def test_a_softmax_at_the_end_teaches_and_learns(folder: Folder) -> None:
-    _, made = folder.compress(small_net(softmax=True), FINETUNE.replace("teacher_weight: 0", "teacher_weight: 0.5"))
+    options = FINETUNE.replace("teacher_weight: 0", "teacher_weight: 0.5").replace("epochs: 2", "epochs: 8")
+    _, made = folder.compress(small_net(softmax=True), options)
     assert trained_one(made).epochs[-1].accuracy > 0.5
 
 

@@ -127,7 +127,8 @@ def test_the_state_of_another_recipe_is_not_taken_up(whole: tuple[Path, dict, st
 PLAIN = """\
 name: test
 steps:
-  - {method: finetune, epochs: 2, batch: 31, learning_rate: 0.02, teacher_weight: 0.5, augment: {pad_crop: 1}}
+  - {method: finetune, epochs: 2, batch: 31, learning_rate: 0.1, teacher_weight: 0.5, augment: {pad_crop: 1},
+     batch_norms: NORMS}
 """
 
 
@@ -136,9 +137,10 @@ def together(folder: Path, processes: int, *arguments: str) -> subprocess.Popen[
     return started(folder, *torchrun, *arguments)
 
 
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_norms", ["false", "true"])
+def test_two_processes_do_what_one_does(batch_norms: str, tmp_path: Path) -> None:
     command(tmp_path, "")
-    (tmp_path / "r.yaml").write_text(PLAIN)
+    (tmp_path / "r.yaml").write_text(PLAIN.replace("NORMS", batch_norms))
     alone = json.loads(finished(started(tmp_path, *command(tmp_path, "one.onnx")))[0])
     out, err = finished(together(tmp_path, 2, *command(tmp_path, "two.onnx")))
     shared = json.loads(out)  # one object: only one of them speaks

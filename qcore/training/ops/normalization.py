@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812 - the name that every torch progra
 from torch import Tensor
 
 from qcore.training.ops.node import Function, OpFunction, OpNode, Unsupported, number
+from qcore.training.parts import added_parts, in_parts
 
 
 def batch_normalization(node: OpNode) -> Function:
@@ -25,9 +26,30 @@ def batch_normalization(node: OpNode) -> Function:
     training, update = node.batch_statistics, 1.0 - momentum
 
     def run(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        if training and in_parts():
+            return _batch_norm_of_parts(x, (scale, bias), (mean, variance), update, epsilon)
         return F.batch_norm(x, mean, variance, scale, bias, training, update, epsilon)
 
     return run
+
+
+def _batch_norm_of_parts(
+    x: Tensor, affine: tuple[Tensor, Tensor], running: tuple[Tensor, Tensor], update: float, epsilon: float
+) -> Tensor:
+    """Return this process's part of a batch, normalized by the statistics of all parts."""
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    x = x.float()
+    n = torch.full((1,), x.numel() / x.shape[1], device=x.device)
+    sums = added_parts(torch.cat([x.sum(axes), n]))
+    mean = sums[:-1] / sums[-1]
+    shape = [1 if axis != 1 else -1 for axis in range(x.dim())]
+    centred = x - mean.reshape(shape)
+    variance = added_parts(centred.square().sum(axes)) / sums[-1]
+    with torch.no_grad():
+        running[0].lerp_(mean, update)
+        running[1].lerp_(variance * (sums[-1] / (sums[-1] - 1)), update)
+    factor = affine[0] * torch.rsqrt(variance + epsilon)
+    return centred * factor.reshape(shape) + affine[1].reshape(shape)
 
 
 def _batch_normalization_with_outputs(epsilon: float, momentum: float) -> Function:

@@ -113,7 +113,7 @@ def test_layers_share_zeros_where_they_share_weights_along_one_axis():
     ("options", "message"),
     [
         ({"pattern": "2:4", "sparsity": 0.5}, "sparsity and pattern are both given"),
-        ({"pattern": "4:4"}, "pattern 4:4 keeps everything"),
+        ({"pattern": "4:4"}, "pattern is 4:4"),
         ({"pattern": "2/4"}, "pattern"),
     ],
 )
