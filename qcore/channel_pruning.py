@@ -30,7 +30,7 @@ from qcore.methods.prune_channels import (
 )
 from qcore.numerics.channels import ChannelStats
 from qcore.numerics.error import output_error
-from qcore.numerics.removal import Counts, Curve, first_that_fits, given_back, removal_path
+from qcore.numerics.removal import Counts, Curve, first_that_fits, given_back, latency_left, removal_path
 from qcore.reconstruction import refit_layers
 from qcore.recovery import Evidence, Tensors, channel_statistics, output_distance
 from qcore.runtime import ort
@@ -39,6 +39,8 @@ Array = NDArray[np.float64]
 TRIAL_SAMPLES = 64
 """What the loss of channels of one group is measured on, spread over the samples to fit."""
 TIMING_S = 1.0
+_STEADY = 0.98
+"""A latency that is to hold must be so much below the budget when it is measured: the next time it is not the same."""
 QUANTIZED = (
     "QuantizeLinear",
     "DequantizeLinear",
@@ -143,7 +145,7 @@ def _search(model: ir.Model, step: PruneChannelsStep, evidence: Evidence, given:
 def _curves(
     search: _Search, step: PruneChannelsStep, evidence: Evidence, told: Callable[[int, int], None]
 ) -> list[Curve]:
-    """Return what it costs on samples that one group at a time keeps fewer channels."""
+    """Return what it costs on samples, and saves in time if that is limited, that one group keeps fewer channels."""
     samples = evidence.some(evidence.fit, TRIAL_SAMPLES)
     reference = _outputs(search.model, samples)
     whole = tuple(g.size for g in search.groups)
@@ -151,11 +153,11 @@ def _curves(
     for position, group in enumerate(search.groups):
         told(position, len(search.groups))
         counts = counts_to_try(group, step)
-        errors = [0.0]
-        for count in counts[1:]:
-            tried = search.pruned((*whole[:position], count, *whole[position + 1 :]))
-            errors.append(_error(reference, _outputs(tried, samples), evidence))
-        curves.append(Curve(counts=counts, errors=tuple(errors)))
+        tried = [search.pruned((*whole[:position], c, *whole[position + 1 :])) for c in counts[1:]]
+        errors = [_error(reference, _outputs(model, samples), evidence) for model in tried]
+        times = latencies((search.model, *tried), evidence) if "latency" in step.budgets else ()
+        shares = tuple(t / times[0] for t in times)
+        curves.append(Curve(counts=counts, errors=(0.0, *errors), latencies=shares))
     return curves
 
 
@@ -173,31 +175,41 @@ def _error(reference: Tensors, outputs: Tensors, evidence: Evidence) -> float:
 
 
 def _within_budget(search: _Search, step: PruneChannelsStep, curves: Sequence[Curve], evidence: Evidence) -> Counts:
-    """Return how many channels each group keeps so that the budget holds.
+    """Return how many channels each group keeps so that all budgets hold.
 
-    Latency is measured where the way down the path is halved; it is not monotone to the microsecond, so the found place
-    holds the budget and the one before it did not.
+    What is removed next saves most of the budget that is missed most. Latencies are estimated from what single groups
+    save, and measured where the way down is halved and where channels are given back; they are not monotone to the
+    microsecond, so the found place holds the budget and the one before it did not.
     """
-    what, share = step.budget
     names = [g.name for g in search.groups]
-    terms = cost_terms(search.model, search.channels, names, "size" if what == "size" else "macs")
     sizes = np.array([g.size for g in search.groups], np.float64)
-    full = terms.at(np.ones(len(sizes)))
+    terms = {w: cost_terms(search.model, search.channels, names, w) for w in ("macs", "size") if w in step.budgets}
+    full = {what: t.at(np.ones(len(sizes))) for what, t in terms.items()}
 
-    def left(counts: Counts) -> float:
+    def left(what: str, counts: Counts) -> float:
         if what == "latency":
-            before, after = latencies((search.model, search.pruned(counts)), evidence)
-            return after / before
-        return terms.at(np.array(counts) / sizes) / full
+            return latency_left(curves, counts)
+        return terms[what].at(np.array(counts) / sizes) / full[what]
 
-    path = removal_path(curves, terms)
-    at = first_that_fits(path, lambda counts: left(counts) <= share)
+    def measured(what: str, counts: Counts) -> float:
+        if what != "latency":
+            return left(what, counts)
+        before, after = latencies((search.model, search.pruned(counts)), evidence)
+        return after / before / _STEADY
+
+    def fits(counts: Counts) -> bool:
+        return all(measured(what, counts) <= share for what, share in step.budgets.items())
+
+    path = removal_path(curves, lambda counts: max(left(w, counts) / share for w, share in step.budgets.items()))
+    at = first_that_fits(path, fits)
     if at is None:
+        what, share = next((w, s) for w, s in step.budgets.items() if measured(w, path[-1]) > s)
         raise ModelError(
-            f"the budget cannot be reached: with the fewest channels allowed {left(path[-1]):.2f} of {what} is left, "
-            f"wanted {share}; raise {what}, or lower multiple = {step.multiple} and min_channels = {step.min_channels}"
+            f"the budget cannot be reached: with the fewest channels allowed {measured(what, path[-1]):.2f} of {what} "
+            f"is left, wanted {share}; raise {what}, or lower multiple = {step.multiple} and min_channels = "
+            f"{step.min_channels}"
         )
-    return path[at] if what == "latency" else given_back(curves, path[at], lambda counts: left(counts) <= share)
+    return given_back(curves, path[at], fits)
 
 
 def latencies(models: Sequence[ir.Model], evidence: Evidence) -> tuple[float, ...]:

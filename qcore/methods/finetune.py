@@ -114,6 +114,7 @@ class FinetuneStep(TrainingStep):
     """
 
     method: Literal["finetune"] = "finetune"
+    temperature: float = Field(default=4.0, gt=0)
     batch_norms: bool | None = None
     sparsify: Sparsify | None = None
 

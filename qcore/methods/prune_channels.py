@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from qcore.config import Config
 from qcore.graph.added_bias import added_bias, own_constant, replace_added_bias
@@ -37,7 +37,7 @@ MOST_TRIALS = 8
 class PruneChannelsStep(Config):
     """Options of the recipe step `prune-channels`.
 
-    One of `macs`, `size` and `latency` says what share of it to keep; without any, 0.6 of the multiply-accumulates.
+    `macs`, `size` and `latency` say what share of each to keep at most; without any, 0.6 of the multiply-accumulates.
     `criterion` ranks the channels of a group: by what the layers behind them see change (`response`), or by the norms
     of the filters that make them (`magnitude`). Channels are kept in multiples of `multiple` and at least
     `min_channels`; the outputs of the nodes in `exclude` keep theirs. `reconstruct` fits the weights of all layers to
@@ -56,18 +56,11 @@ class PruneChannelsStep(Config):
     samples: int = Field(default=512, ge=1)
     positions: int = Field(default=64, ge=1)
 
-    @model_validator(mode="after")
-    def _one_budget(self) -> "PruneChannelsStep":
-        if sum(v is not None for v in (self.macs, self.size, self.latency)) > 1:
-            raise ValueError("more than one of macs, size and latency is given; allowed: one")
-        return self
-
     @property
-    def budget(self) -> tuple[Literal["macs", "size", "latency"], float]:
-        """What is limited, and the share of it to keep."""
-        if self.size is not None:
-            return "size", self.size
-        return ("latency", self.latency) if self.latency is not None else ("macs", self.macs or 0.6)
+    def budgets(self) -> dict[str, float]:
+        """What is limited, and the share of it to keep: of `macs`, `size` and `latency` those that are given."""
+        given = {"macs": self.macs, "size": self.size, "latency": self.latency}
+        return {what: share for what, share in given.items() if share is not None} or {"macs": 0.6}
 
 
 def axes_to_measure(channels: Channels) -> dict[str, int]:

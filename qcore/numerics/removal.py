@@ -7,7 +7,7 @@ NetAdapt) for going step by step.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,16 @@ class Curve:
     """What it costs in accuracy to keep fewer channels of one group.
 
     `counts` falls from all channels down; `errors` of the same length is the output error at each, 0 at the first.
+    `latencies`, where they were measured, is the share of the latency that is left at each, 1 at the first.
     """
 
     counts: tuple[int, ...]
     errors: tuple[float, ...]
+    latencies: tuple[float, ...] = ()
 
     def rising(self) -> "Curve":
         """Return the curve made monotone: removing more is never better than removing less."""
-        return Curve(counts=self.counts, errors=tuple(np.maximum.accumulate(np.maximum(self.errors, 0.0)).tolist()))
+        return replace(self, errors=tuple(np.maximum.accumulate(np.maximum(self.errors, 0.0)).tolist()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,30 +50,33 @@ class CostTerms:
         return float(self.amount @ np.prod(self.whole + self.part @ left, axis=1))
 
 
-def removal_path(curves: Sequence[Curve], cost: CostTerms) -> list[Counts]:
+def removal_path(curves: Sequence[Curve], cost: Callable[[Counts], float]) -> list[Counts]:
     """Return how many channels each group keeps, from all to the fewest, each step the best bargain of those left.
 
     A step takes one group to any smaller count of its curve; the one with the least error per saved cost is taken.
     """
     rising = [curve.rising() for curve in curves]
-    sizes = np.array([curve.counts[0] for curve in curves], np.float64)
     at = [0] * len(curves)
-    left = np.ones(len(curves))
     path = [tuple(curve.counts[0] for curve in curves)]
     while True:
-        now, best = cost.at(left), (np.inf, -1, -1)
+        here = path[-1]
+        now, best = cost(here), (np.inf, -1, -1)
         for g, curve in enumerate(rising):
             for k in range(at[g] + 1, len(curve.counts)):
-                moved = left.copy()
-                moved[g] = curve.counts[k] / sizes[g]
-                saved = now - cost.at(moved)
+                saved = now - cost((*here[:g], curve.counts[k], *here[g + 1 :]))
                 price = (curve.errors[k] - curve.errors[at[g]]) / saved if saved > 0 else np.inf
                 best = min(best, (price, g, k))
         price, g, k = best
         if not np.isfinite(price):
             return path
-        at[g], left[g] = k, rising[g].counts[k] / sizes[g]
+        at[g] = k
         path.append(tuple(c.counts[i] for c, i in zip(curves, at, strict=True)))
+
+
+def latency_left(curves: Sequence[Curve], counts: Counts) -> float:
+    """Return the share of the latency that is left with `counts`, if what groups save adds up."""
+    saved = (1 - dict(zip(c.counts, c.latencies, strict=True))[n] for c, n in zip(curves, counts, strict=True))
+    return 1 - sum(max(0.0, s) for s in saved)
 
 
 def first_that_fits(path: Sequence[Counts], fits: Callable[[Counts], bool]) -> int | None:

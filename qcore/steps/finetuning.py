@@ -1,10 +1,12 @@
-"""Training on files: a model in, a trained one out, by one of four methods with good defaults.
+"""Training on files: a model in, a trained one out, by one of several methods with good defaults.
 
 Each method is a short recipe, which is what `qcore compress` would apply; whoever wants other steps writes one.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from qcore.errors import ConfigError
@@ -16,20 +18,34 @@ if TYPE_CHECKING:
     from qcore.canonical import Json
     from qcore.recipe import Recipe
 
-METHODS = ("qat", "prune", "distill", "finetune")
-SPARSITY = 0.5
+METHODS = ("qat", "prune", "channels", "cluster", "decompose", "distill", "finetune")
 WHOLE_BITS = 8
 """With fewer bits the weights are rounded to second order first: training then starts from less error."""
+_OF: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "weight_bits": ("qat",),
+        "sparsity": ("prune",),
+        "pattern": ("prune",),
+        "score": ("prune",),
+        "schedule": ("prune",),
+        "clusters": ("cluster",),
+        "macs": ("channels", "decompose"),
+        "size": ("channels", "decompose"),
+        "latency": ("channels",),
+    }
+)
+"""Option -> the methods that have it; what is not here is of the step that trains."""
+_RATES: Mapping[str, float] = MappingProxyType({"prune": 5e-3, "channels": 1e-2, "decompose": 1e-2})
+"""Where much was taken away, much must move."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finetuning:
-    """How a model is trained; None stands for the default of the training step.
+    """How a model is trained; None stands for the default of the step.
 
-    `qat` trains the quantized model as it will be written, `prune` the float weights after the smallest were set to
-    zero, `distill` the float weights by another model, and `finetune` the float weights. `teacher` is the file of the
-    model that teaches, by default the one that is trained. `target` and `weight_bits` are of `qat`, `sparsity` is of
-    `prune`; the rest are options of the step that trains.
+    `qat` trains the quantized model as it will be written, `prune` sets small weights to zero while it trains the rest,
+    `channels`, `cluster` and `decompose` train what these steps left, `distill` the float weights by another model, and
+    `finetune` the float weights. `teacher` is the file of the model that teaches, by default the one that is trained.
     """
 
     method: str = "qat"
@@ -37,6 +53,13 @@ class Finetuning:
     teacher: str | None = None
     weight_bits: int | None = None
     sparsity: float | None = None
+    pattern: str | None = None
+    score: str | None = None
+    schedule: str | None = None
+    clusters: int | None = None
+    macs: float | None = None
+    size: float | None = None
+    latency: float | None = None
     epochs: int | None = None
     batch: int | None = None
     learning_rate: float | None = None
@@ -92,20 +115,39 @@ def recipe_of(how: Finetuning) -> "Recipe":
 
     if how.method not in METHODS:
         raise ConfigError(f"method is {how.method!r}; allowed: {', '.join(METHODS)}")
-    if how.weight_bits is not None and how.method != "qat":
-        raise ConfigError(f"weight_bits is for method qat, which quantizes; {how.method} does not; leave it out")
-    if how.sparsity is not None and how.method != "prune":
-        raise ConfigError(f"sparsity is for method prune; {how.method} prunes nothing; leave it out")
+    for option, methods in _OF.items():
+        if option in how.given and how.method not in methods:
+            raise ConfigError(f"{option} is for method {' and '.join(methods)}; {how.method} has none; leave it out")
     if how.teacher is None and how.method == "distill":
         raise ConfigError("method distill learns from another model and got none; pass --teacher FILE")
-    options = {k: v for k, v in how.given.items() if k not in ("method", "target", "weight_bits", "sparsity")}
-    learns: dict[str, Json] = {"method": "qat" if how.method == "qat" else "finetune", **options}
-    steps: list[dict[str, Json]] = []
-    if how.method == "qat":
-        steps = [{"method": m} for m in ("fold-batchnorm", "gemm-head", "equalize")]
-        bits = {} if how.weight_bits is None else {"weight_bits": how.weight_bits}
-        steps += [{"method": "quantize", "ranges": "percentile", "percentile": 99.999, **bits}]
-        steps += [{"method": "round-weights"}] if (how.weight_bits or WHOLE_BITS) < WHOLE_BITS else []
-    elif how.method == "prune":
-        steps = [{"method": "prune", "sparsity": SPARSITY if how.sparsity is None else how.sparsity}]
-    return check_config({"name": how.method, "steps": [*steps, learns]}, Recipe, f"options of method {how.method}")
+    own = {k: v for k, v in how.given.items() if k in _OF}
+    learns = {k: v for k, v in how.given.items() if k not in (*_OF, "method", "target")}
+    steps = _steps(how.method, own, learns)
+    return check_config({"name": how.method, "steps": steps}, Recipe, f"options of method {how.method}")
+
+
+def _steps(method: str, own: dict[str, object], learns: dict[str, object]) -> "list[Json]":
+    """Return the steps of `method` with the options `own`, and of the training with the options `learns`."""
+    fold = {"method": "fold-batchnorm"}
+    rate = {"learning_rate": _RATES[method]} if method in _RATES else {}
+    train = {"method": "finetune", **rate, **learns}
+    match method:
+        case "qat":
+            ranges = {"ranges": "percentile", "percentile": 99.999}
+            rounded = own.get("weight_bits", WHOLE_BITS) != WHOLE_BITS
+            return [
+                fold,
+                {"method": "gemm-head"},
+                {"method": "equalize"},
+                {"method": "quantize", **ranges, **own},
+                *([{"method": "round-weights"}] if rounded else []),
+                {"method": "qat", **learns},
+            ]
+        case "prune":
+            return [fold, {**train, "sparsify": own}]
+        case "channels":
+            return [fold, {"method": "prune-channels", **own}, train]
+        case "cluster" | "decompose":
+            return [fold, {"method": method, **own}, train]
+        case _:
+            return [train]

@@ -85,6 +85,20 @@ def test_a_latency_budget_is_measured(monkeypatch):
     assert len(asked) > 3
 
 
+def test_several_budgets_hold_at_once(monkeypatch):
+    model = parsed(wide_net())
+
+    def by_size(models, evidence):
+        return tuple(float(len(serialize_model(m))) for m in models)
+
+    monkeypatch.setattr(channel_pruning, "latencies", by_size)  # another measure than macs, and no clock
+    rewrite = prune_channels(model, PruneChannelsStep(**SMALL, latency=0.5, macs=0.6, reconstruct=False), evidence())
+    assert cost(rewrite, "latency_ms").after <= 0.5 * cost(rewrite, "latency_ms").before
+    assert cost(rewrite, "macs").after <= 0.6 * cost(rewrite, "macs").before
+    with pytest.raises(ModelError, match=r"of latency is left, wanted 0.01; raise latency"):
+        prune_channels(model, PruneChannelsStep(**SMALL, latency=0.01, macs=0.6), evidence())
+
+
 def test_latencies_are_those_of_the_runtime():
     ms = channel_pruning.latencies((parsed(wide_net(channels=64)), parsed(wide_net(channels=4))), evidence(64))
     assert ms[0] > ms[1] > 0

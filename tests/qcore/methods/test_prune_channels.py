@@ -6,8 +6,6 @@ from channelled import grown, run_all
 from models import conv_net
 from recovering import Net, evidence_of, images, parsed
 
-from qcore.config import check_config
-from qcore.errors import ConfigError
 from qcore.graph.channels import channel_groups
 from qcore.graph.cost import model_macs
 from qcore.graph.io import serialize_model
@@ -120,9 +118,7 @@ def test_costs_that_are_foreseen_are_those_of_the_smaller_model(blocks, what):
     assert terms.at(shares) == pytest.approx(left, rel=1e-9 if what == "macs" else 0.05)
 
 
-def test_one_budget_at_most():
-    assert PruneChannelsStep().budget == ("macs", 0.6)
-    assert PruneChannelsStep(size=0.3).budget == ("size", 0.3)
-    assert PruneChannelsStep(latency=0.75).budget == ("latency", 0.75)
-    with pytest.raises(ConfigError, match="more than one of macs, size and latency is given; allowed: one"):
-        check_config({"macs": 0.5, "size": 0.5}, PruneChannelsStep, "options")
+def test_what_is_limited():
+    assert PruneChannelsStep().budgets == {"macs": 0.6}
+    assert PruneChannelsStep(size=0.3).budgets == {"size": 0.3}
+    assert PruneChannelsStep(macs=0.6, latency=0.75).budgets == {"macs": 0.6, "latency": 0.75}

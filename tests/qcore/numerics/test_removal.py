@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcore.numerics.removal import CostTerms, Curve, channels_kept, first_that_fits, given_back, removal_path
+from qcore.numerics.removal import (
+    CostTerms,
+    Curve,
+    channels_kept,
+    first_that_fits,
+    given_back,
+    latency_left,
+    removal_path,
+)
 
 
 def terms(groups: int) -> CostTerms:
@@ -17,6 +25,10 @@ def terms(groups: int) -> CostTerms:
         whole[k, 0] = whole[k + 1, 1] = 0
         part[k, 0, k] = part[k + 1, 1, k] = 1
     return CostTerms(amount=np.full(groups + 1, 100.0), whole=whole, part=part)
+
+
+def of(cost: CostTerms, size: int):
+    return lambda counts: cost.at(np.array(counts) / size)
 
 
 def test_the_cost_of_a_chain_by_hand():
@@ -30,7 +42,7 @@ def test_cheap_losses_come_first():
         Curve(counts=(8, 4, 2), errors=(0.0, 1.0, 2.0)),
         Curve(counts=(8, 4, 2), errors=(0.0, 0.1, 5.0)),
     ]
-    path = removal_path(curves, terms(2))
+    path = removal_path(curves, of(terms(2), 8))
     assert path[0] == (8, 8)
     assert path[1] == (8, 4)
     assert path[-1] == (2, 2)
@@ -39,7 +51,15 @@ def test_cheap_losses_come_first():
 def test_a_curve_that_falls_is_taken_as_flat():
     curve = Curve(counts=(8, 4, 2), errors=(0.0, 0.5, 0.2)).rising()
     assert curve.errors == (0.0, 0.5, 0.5)
-    assert removal_path([Curve(counts=(8, 4, 2), errors=(0.0, 0.5, 0.2))], terms(1)) == [(8,), (2,)]
+    assert removal_path([Curve(counts=(8, 4, 2), errors=(0.0, 0.5, 0.2))], of(terms(1), 8)) == [(8,), (2,)]
+
+
+def test_what_groups_save_in_time_adds_up():
+    curves = [
+        Curve(counts=(8, 4), errors=(0.0, 1.0), latencies=(1.0, 0.7)),
+        Curve(counts=(8, 4), errors=(0.0, 1.0), latencies=(1.0, 1.02)),  # slower is noise
+    ]
+    assert [latency_left(curves, c) for c in ((8, 8), (4, 8), (8, 4), (4, 4))] == pytest.approx([1, 0.7, 1, 0.7])
 
 
 @given(st.integers(0, 500), st.floats(0.2, 0.95))
@@ -50,7 +70,7 @@ def test_the_budget_holds_and_what_is_given_back_still_fits(seed, share):
     ]
     cost = terms(4)
     full = cost.at(np.ones(4))
-    path = removal_path(curves, cost)
+    path = removal_path(curves, of(cost, 16))
     costs = [cost.at(np.array(c) / 16) for c in path]
     assert costs == sorted(costs, reverse=True)
     assert all(sum(a != b for a, b in zip(*pair, strict=True)) == 1 for pair in pairwise(path))

@@ -1,4 +1,4 @@
-"""The verb `finetune`: four methods with defaults, what it prints, and what it refuses."""
+"""The verb `finetune`: its methods with defaults, what it prints, and what it refuses."""
 
 import json
 
@@ -38,12 +38,14 @@ def verb(tmp_path, capfd):
     ("method", "names"),
     [
         ("qat", ["fold-batchnorm", "gemm-head", "equalize", "quantize", "qat"]),
-        ("prune", ["prune", "finetune"]),
+        ("prune", ["fold-batchnorm", "finetune"]),
+        ("cluster --clusters 4", ["fold-batchnorm", "cluster", "finetune"]),
         ("finetune", ["finetune"]),
     ],
 )
 def test_each_method_is_a_recipe(verb, method, names):
-    code, made, err, model = verb("--method", method, "--teacher-weight", "0.2")
+    method, *options = method.split()
+    code, made, err, model = verb("--method", method, *options, "--teacher-weight", "0.2")
     assert code == 0, err
     assert [s["method"] for s in made["steps"]] == names
     last = made["steps"][-1]
@@ -57,9 +59,11 @@ def test_each_method_is_a_recipe(verb, method, names):
     assert 0 <= before <= 1
     assert 0 <= after <= 1
     assert "epoch 2: loss" in err
+    weights = [v for v in constants(model).values() if v.ndim > 1]
     if method == "prune":
-        w = next(v for v in constants(model).values() if v.shape == (8, 1, 3, 3))
-        assert np.count_nonzero(w == 0) == w.size // 2
+        assert sum(np.count_nonzero(w == 0) for w in weights) == sum(w.size for w in weights) // 2
+    if method == "cluster":
+        assert max(np.unique(w).size for w in weights) == 4
     integers = [v for v in constants(model).values() if v.dtype == np.int8]
     assert bool(integers) == (method == "qat")
 
@@ -73,6 +77,15 @@ def test_distillation_brings_a_student_to_another_model(verb, tmp_path):
     assert "finetune: asking the teacher 160/160" in err
 
 
+@pytest.mark.parametrize(("method", "step"), [("channels", "prune-channels"), ("decompose", "decompose")])
+def test_what_made_a_model_smaller_is_made_good_by_training(method, step):
+    recipe = recipe_of(steps.Finetuning(method=method, macs=0.5, epochs=3))
+    assert [s.method for s in recipe.steps] == ["fold-batchnorm", step, "finetune"]
+    assert recipe.steps[1].macs == 0.5
+    assert recipe.steps[2].epochs == 3
+    assert recipe.steps[2].learning_rate > recipe_of(steps.Finetuning(method="finetune")).steps[0].learning_rate
+
+
 def test_few_bits_are_rounded_first():
     pytest.importorskip("pydantic")
     names = [s.method for s in recipe_of(steps.Finetuning(weight_bits=4)).steps]
@@ -84,9 +97,11 @@ def test_few_bits_are_rounded_first():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"method": "qta"}, "method is 'qta'; allowed: qat, prune, distill, finetune"),
-        ({"method": "prune", "weight_bits": 4}, "weight_bits is for method qat"),
-        ({"method": "qat", "sparsity": 0.5}, "sparsity is for method prune"),
+        ({"method": "qta"}, "method is 'qta'; allowed: qat, prune, channels, cluster, decompose, distill, finetune"),
+        ({"method": "prune", "weight_bits": 4}, "weight_bits is for method qat; prune has none; leave it out"),
+        ({"method": "qat", "sparsity": 0.5}, "sparsity is for method prune; qat has none; leave it out"),
+        ({"method": "qat", "macs": 0.5}, "macs is for method channels and decompose"),
+        ({"method": "prune", "sparsity": 0.5, "pattern": "2:4"}, "sparsity and pattern are both given"),
         ({"method": "distill"}, "distill learns from another model and got none; pass --teacher FILE"),
         ({"epochs": 0}, "epochs"),
         ({"learning_rate": -1.0}, "learning_rate"),
