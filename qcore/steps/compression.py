@@ -271,7 +271,7 @@ def trained(model: Path, out: Path, recipe: "Recipe", target: str, training: Tra
         training = replace(training, progress=silent, on_epoch=unseen)
     raw = read_model_bytes(model)
     parsed = parse_model(raw, str(model))
-    learn, judge = splits(training.data, training.split, recipe.training_steps[0])
+    learn, judge = splits(training.data, training.split, recipe.training_steps[0], logging.DEBUG)
     # Who judges training must not have taught the steps before it either.
     own = learn if judge.split == training.split else open_calibration(training.data, training.split)
     dataset = own if recipe.reads_calibration_data else None

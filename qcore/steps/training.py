@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from qcore.data.card import Split
     from qcore.data.dataset import Dataset
     from qcore.data.samples import Samples
     from qcore.recipe import TRAINING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 School = Callable[["TRAINING", int], "Schooling"]
+EXAM = "evaluation"
 JUDGES = 10  # without a validation split one sample in so many judges
 _CHECKPOINT = "checkpoint"
 
@@ -101,11 +103,14 @@ def school_of(raw: bytes, training: Training, *, out: Path, folder: Path) -> Sch
     return school
 
 
-def splits(data: Path, split: str, step: "TRAINING") -> "tuple[Dataset, Dataset]":
+def splits(data: Path, split: str, step: "TRAINING", level: int = logging.WARNING) -> "tuple[Dataset, Dataset]":
     """Return what `step` learns from and what judges it: a split of the card each, or parts of one.
 
+    That another split judges than the card says is logged at `level`.
+
     Raises:
-        DataError: the two share samples, or there are fewer than two.
+        DataError: the two share samples, or what is learnt from those of the split `evaluation`, or there are fewer
+            than two.
     """
     from qcore.data.card import load_card
     from qcore.data.dataset import one_class, open_dataset, shared_samples
@@ -113,11 +118,13 @@ def splits(data: Path, split: str, step: "TRAINING") -> "tuple[Dataset, Dataset]
     known = load_card(data)[0].splits
     named = step.model_fields_set
     learn = open_dataset(data, step.train if step.train in known or "train" in named else split)
+    _refuse_learning_the_exam(data, learn, known)
     if step.validation in known or "validation" in named:
         judge = open_dataset(data, step.validation)
         one = one_class(judge)
         if one is not None and one_class(learn) is None and "validation" not in named:
-            logger.warning(
+            logger.log(
+                level,
                 "split %r of %s holds class %d only, which cannot judge; one sample in %d of %r judges instead",
                 judge.split,
                 judge.card.name,
@@ -133,6 +140,20 @@ def splits(data: Path, split: str, step: "TRAINING") -> "tuple[Dataset, Dataset]
             )
         return learn, judge
     return _divided(learn)
+
+
+def _refuse_learning_the_exam(data: Path, learn: "Dataset", known: "Mapping[str, Split]") -> None:
+    """Refuse to learn from samples that reports are made of: they would say how well the model remembers."""
+    from qcore.data.dataset import open_dataset, shared_samples
+
+    if EXAM not in known:
+        return
+    exam = open_dataset(data, EXAM)
+    if shared := shared_samples(learn, exam):
+        raise DataError(
+            f"splits {learn.split!r} and {EXAM!r} share {shared} samples, so the model would be evaluated on what it "
+            "has learnt; correct the card, or name another split to learn from"
+        )
 
 
 def _divided(learn: "Dataset") -> "tuple[Dataset, Dataset]":

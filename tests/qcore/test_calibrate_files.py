@@ -37,6 +37,17 @@ def test_shards_and_processes_give_the_bytes_of_one(tmp_path, batch):
     assert seen[-1] == ("calibrating", 40, 40)
 
 
+@pytest.mark.parametrize("classes", [1, 2])
+def test_a_split_of_one_class_is_said(files, tmp_path, caplog, classes):
+    card = files["data"]
+    (source,) = card.parent.glob("*.npz")
+    x = np.load(source)["x"]
+    np.savez(source, x=x, y=np.arange(len(x)) % classes)
+    steps.calibrate(**files, out=tmp_path / "t.json")
+    said = "holds class 0 only: ranges of other classes are not seen" in caplog.text
+    assert said == (classes == 1)
+
+
 def test_an_incomplete_table_is_not_quantized(files, tmp_path):
     steps.calibrate(**files, out=tmp_path / "t.json", shard=(2, 2))
     with pytest.raises(CalibrationError, match="holds 20 of 40 samples; missing: 0 to 19; run `qcore merge-tables`"):

@@ -319,6 +319,24 @@ def test_overlapping_splits_are_refused(folder: Folder) -> None:
     refused(folder, DataError, "splits 'train' and 'validation' of .*|share 2 samples", FINETUNE)
 
 
+def test_what_evaluates_does_not_teach(folder: Folder) -> None:
+    folder.card.write_text(CARD + "  evaluation: {range: [190, 256]}\n")
+    refused(folder, DataError, "splits 'train' and 'evaluation' share 2 samples, so the model would be", FINETUNE)
+    refused(folder, DataError, "share 66 samples", f"{FINETUNE}, train: evaluation")
+
+
+def test_samples_of_one_class_do_not_judge(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    x, y = (np.load(folder.card.parent / "blobs.npz")[k] for k in "xy")
+    last = np.concatenate([np.flatnonzero(y != 1), np.flatnonzero(y == 1)])  # stored by class, cut by place
+    np.savez(folder.card.parent / "blobs.npz", x=x[last], y=y[last])
+    _, made = folder.compress(small_net(), FINETUNE)
+    assert trained_one(made).samples == 144  # of 160, the rest judges
+    assert "'validation' of blobs holds class 1 only, which cannot judge; one sample in 10 of 'train'" in caplog.text
+    _, made = folder.compress(small_net(), f"{FINETUNE}, validation: validation")
+    assert made.steps[0].samples == 160  # it was asked for
+    assert caplog.text.count("cannot judge") == 1
+
+
 def test_labels_cannot_teach_where_there_are_none(folder: Folder) -> None:
     folder.card = write_blobs(folder.folder / "data", labels=False)
     says = r"teacher_weight is 0.0, but split 'train' of blobs has no labels; allowed: 1, or leave it out"
