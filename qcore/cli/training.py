@@ -76,6 +76,10 @@ def finetune(
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Softens teacher and student; default 4, of qat 1.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better one.")] = None,
+    pad_crop: Annotated[
+        int | None, typer.Option(help="Move images by up to so many pixels while learning; default 0.")
+    ] = None,
+    flip: Annotated[bool | None, typer.Option("--flip", help="Mirror half of the images while learning.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of samples; default 0.")] = None,
     device: opt.Device = opt.DeviceKind.auto,
     as_json: opt.AsJson = False,
@@ -104,6 +108,8 @@ def finetune(
         teacher_weight=teacher_weight,
         temperature=temperature,
         patience=patience,
+        pad_crop=pad_crop,
+        flip=flip,
         seed=seed,
     )
     with training_progress() as (report, on_epoch):

@@ -11,11 +11,7 @@ from qcore.steps.calibration import CALIBRATION_DECAY as CALIBRATION_DECAY
 from qcore.steps.calibration import calibrate as calibrate
 from qcore.steps.calibration import merge_tables as merge_tables
 from qcore.steps.compression import CompressionSummary as CompressionSummary
-from qcore.steps.compression import cluster as cluster
 from qcore.steps.compression import compress as compress
-from qcore.steps.compression import decompose as decompose
-from qcore.steps.compression import prune as prune
-from qcore.steps.compression import prune_channels as prune_channels
 from qcore.steps.compression import quantize as quantize
 from qcore.steps.finetuning import Finetuning as Finetuning
 from qcore.steps.finetuning import finetune as finetune
@@ -32,6 +28,10 @@ from qcore.steps.lint import lint as lint
 from qcore.steps.precision import MixedSummary as MixedSummary
 from qcore.steps.precision import mixed_precision as mixed_precision
 from qcore.steps.precision import pareto_paths as pareto_paths
+from qcore.steps.reduction import cluster as cluster
+from qcore.steps.reduction import decompose as decompose
+from qcore.steps.reduction import prune as prune
+from qcore.steps.reduction import prune_channels as prune_channels
 from qcore.steps.release import package as package
 from qcore.steps.release import publish as publish
 from qcore.steps.search import sensitivity as sensitivity

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 METHODS = ("qat", "prune", "channels", "cluster", "decompose", "distill", "finetune")
 WHOLE_BITS = 8
 """With fewer bits the weights are rounded to second order first: training then starts from less error."""
+FEW_BITS_RATE = 2e-4
+"""Of weights with few levels every change is a large one: at the rate for eight bits they never settle."""
 _OF: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "weight_bits": ("qat",),
@@ -35,6 +37,7 @@ _OF: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """Option -> the methods that have it; what is not here is of the step that trains."""
+_AUGMENT = ("pad_crop", "flip")
 _RATES: Mapping[str, float] = MappingProxyType({"prune": 5e-3, "channels": 1e-2, "decompose": 1e-2})
 """Where much was taken away, much must move."""
 
@@ -66,6 +69,8 @@ class Finetuning:
     teacher_weight: float | None = None
     temperature: float | None = None
     patience: int | None = None
+    pad_crop: int | None = None
+    flip: bool | None = None
     seed: int | None = None
 
     @property
@@ -121,7 +126,9 @@ def recipe_of(how: Finetuning) -> "Recipe":
     if how.teacher is None and how.method == "distill":
         raise ConfigError("method distill learns from another model and got none; pass --teacher FILE")
     own = {k: v for k, v in how.given.items() if k in _OF}
-    learns = {k: v for k, v in how.given.items() if k not in (*_OF, "method", "target")}
+    learns = {k: v for k, v in how.given.items() if k not in (*_OF, *_AUGMENT, "method", "target")}
+    if augment := {k: v for k, v in how.given.items() if k in _AUGMENT}:
+        learns["augment"] = augment
     steps = _steps(how.method, own, learns)
     return check_config({"name": how.method, "steps": steps}, Recipe, f"options of method {how.method}")
 
@@ -135,13 +142,14 @@ def _steps(method: str, own: dict[str, object], learns: dict[str, object]) -> "l
         case "qat":
             ranges = {"ranges": "percentile", "percentile": 99.999}
             rounded = own.get("weight_bits", WHOLE_BITS) != WHOLE_BITS
+            rate = {"learning_rate": FEW_BITS_RATE} if rounded else {}
             return [
                 fold,
                 {"method": "gemm-head"},
                 {"method": "equalize"},
                 {"method": "quantize", **ranges, **own},
                 *([{"method": "round-weights"}] if rounded else []),
-                {"method": "qat", **learns},
+                {"method": "qat", **rate, **learns},
             ]
         case "prune":
             return [fold, {**train, "sparsify": own}]

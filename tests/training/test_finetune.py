@@ -15,6 +15,7 @@ pytest.importorskip("torch", reason="the extra `train` is not installed")
 from qcore import steps
 from qcore.errors import ConfigError, DataError, ModelError, QcoreError
 from qcore.graph.unfold import unfold_batchnorm
+from qcore.recipe import RECIPES, load_recipe
 from qcore.steps import CompressionSummary
 from qcore.training import finetune as training
 
@@ -69,6 +70,29 @@ def structured(kind: str) -> tuple[onnx.ModelProto, np.ndarray]:
     if kind != "clusters":
         w = np.where(rng.random(w.shape) < 0.5, np.float32(0), w)
     return changed(small_net(channels=8), w=w), w
+
+
+def wide_net() -> onnx.ModelProto:
+    """Return conv, conv, pool, gemm with 32 channels: (N,1,6,6) -> (N,3)."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": (rng.standard_normal((32, 1, 3, 3)) * 0.3).astype(np.float32),
+        "b": np.zeros(32, np.float32),
+        "v": (rng.standard_normal((64, 32, 3, 3)) * 0.1).astype(np.float32),
+        "c": np.zeros(64, np.float32),
+        "wf": (rng.standard_normal((3, 64)) * 0.1).astype(np.float32),
+        "bf": np.zeros(3, np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["h"], name="conv", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["h"], ["r"], name="relu"),
+        helper.make_node("Conv", ["r", "v", "c"], ["g"], name="conv2", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["g"], ["s"], name="relu2"),
+        helper.make_node("GlobalAveragePool", ["s"], ["p"], name="pool"),
+        helper.make_node("Flatten", ["p"], ["f"], name="flatten"),
+        helper.make_node("Gemm", ["f", "wf", "bf"], ["y"], name="fc", transB=1),
+    ]
+    return model_of(nodes, weights, inputs={"x": ["N", 1, 6, 6]}, outputs={"y": ["N", 3]})
 
 
 def trained_one(made: CompressionSummary):
@@ -265,9 +289,14 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher, says: str, folder: Fold
     refused(folder, ModelError, says, f"method: finetune, epochs: 1, teacher: {path}")
 
 
-@pytest.mark.parametrize("name", ["int8-qat", "int4-qat"])
+TRAINING_RECIPES = sorted(p.stem for p in RECIPES.glob("*.yaml") if load_recipe(p.stem).training_steps)
+
+
+@pytest.mark.parametrize("name", TRAINING_RECIPES)
 def test_shipped_recipes_train(name: str, folder: Folder) -> None:
-    model = save(small_net(channels=8), folder.folder / "m.onnx")
+    recipe = load_recipe(name)
+    # Wide enough that there is something to remove, small enough that tens of epochs take a second.
+    model = save(wide_net(), folder.folder / "m.onnx")
     seen: list[int] = []
     made = steps.compress(
         model=model,
@@ -278,10 +307,19 @@ def test_shipped_recipes_train(name: str, folder: Folder) -> None:
         device="cpu",
         on_epoch=lambda epoch: seen.append(epoch.number),
     )
-    assert seen == list(range(11))
-    assert made.steps[-1].method == "qat"
-    integers = [v for v in constants(onnx.load(made.output)).values() if v.dtype == np.int8 and v.ndim > 1]
-    assert all(np.abs(w.astype(int)).max() <= (8 if name == "int4-qat" else 127) for w in integers)
+    assert seen == [k for step in recipe.training_steps for k in range(step.epochs + 1)]
+    written = constants(onnx.load(made.output))
+    weights = [w for w in written.values() if w.ndim > 1 and w.dtype != np.int64]
+    integers = [w for w in weights if w.dtype == np.int8]
+    assert bool(integers) == (recipe.quantize_step is not None)
+    if name == "int4-qat":
+        assert all(np.abs(w.astype(int)).max() <= 8 for w in integers)
+    if name.startswith("sparse50"):
+        assert sum((w == 0).sum() for w in weights) >= round(0.5 * sum(w.size for w in weights))
+    if name.startswith("cluster16"):
+        assert max(np.unique(w).size for w in integers or weights) <= 16
+    if name.startswith(("channels", "decomposed")):
+        assert sum(w.size for w in weights) < sum(w.size for w in constants(onnx.load(model)).values() if w.ndim > 1)
 
 
 def refused(folder: Folder, kind: type[QcoreError], says: str, *recipe: str, proto: onnx.ModelProto | None = None):

@@ -86,6 +86,11 @@ def test_what_made_a_model_smaller_is_made_good_by_training(method, step):
     assert recipe.steps[2].learning_rate > recipe_of(steps.Finetuning(method="finetune")).steps[0].learning_rate
 
 
+def test_images_are_moved_where_that_is_asked():
+    moved = recipe_of(steps.Finetuning(method="prune", pad_crop=4, flip=True)).training_steps[0].augment
+    assert (moved.pad_crop, moved.flip) == (4, True)
+
+
 def test_few_bits_are_rounded_first():
     pytest.importorskip("pydantic")
     names = [s.method for s in recipe_of(steps.Finetuning(weight_bits=4)).steps]
