@@ -162,7 +162,12 @@ def _port(name: str, value: Array) -> onnx.ValueInfoProto:
 
 def expose(model: ir.Model, names: Sequence[str]) -> Predict:
     """Return a function from named inputs to the tensors `names` of `model`."""
+    return load_unfused(with_outputs(model, names)).predict
+
+
+def with_outputs(model: ir.Model, names: Sequence[str]) -> bytes:
+    """Return the file of `model` with the tensors `names` as further outputs."""
     proto = ir.serde.serialize_model(model)
     present = {o.name for o in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in present)
-    return load_unfused(proto.SerializeToString()).predict
+    return bytes(proto.SerializeToString())

@@ -8,7 +8,7 @@ order: what it says then does not depend on where a run was taken up.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,13 @@ _MOST_KEPT = 1 << 32  # bytes of teacher outputs that are kept on disk
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lesson:
-    """One step's samples: named inputs, labels or None, the teacher's outputs, and the share of the whole batch.
+    """One step: places, named inputs, labels or None, the teacher's outputs, and the share of the whole batch.
 
     With several processes each gets its part of the batch; `share` is how much of the batch's mean it stands for. A
     process for which no sample is left gets one that does not count: `share` 0.
     """
 
+    places: NDArray[np.int64]
     x: Arrays
     y: NDArray[np.int64] | None
     teacher: Arrays
@@ -94,7 +95,8 @@ def _ahead(course: Course, order: NDArray[np.int64], epoch: int | None) -> Itera
             lesson = following.result()
             following = reader.submit(prepared, step + 1)
             if lesson is not None:
-                yield lesson
+                # Here and not ahead: it takes all cores, as the student does, and would slow both down.
+                yield replace(lesson, teacher=_taught(course, lesson))
 
 
 def _lesson(course: Course, order: NDArray[np.int64], step: int, epoch: int | None) -> Lesson:
@@ -107,7 +109,7 @@ def _lesson(course: Course, order: NDArray[np.int64], step: int, epoch: int | No
     if epoch is not None and not course.plain:
         moves = drawn(course.augment, len(whole), np.random.default_rng([course.seed, epoch, step]))
         x = {k: augmented(v, moves[part], course.layout, course.augment.pad_crop) for k, v in x.items()}
-    return Lesson(x=x, y=y, teacher=_taught(course, whole[part], x), share=share)
+    return Lesson(places=whole[part], x=x, y=y, teacher={}, share=share)
 
 
 def drawn(augment: Augment, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -168,7 +170,7 @@ def ask_teacher(course: Course, told: Callable[[int, int], None]) -> None:
         told(int(places[-1]) + 1, n)
 
 
-def _taught(course: Course, places: NDArray[np.int64], x: Arrays) -> Arrays:
+def _taught(course: Course, lesson: Lesson) -> Arrays:
     if course.teach is None:
         return {}
-    return {name: np.asarray(v[places]) for name, v in course.kept.items()} or course.teach(x)
+    return {name: np.asarray(v[lesson.places]) for name, v in course.kept.items()} or course.teach(lesson.x)

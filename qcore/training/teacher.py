@@ -10,7 +10,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcore.errors import ModelError
-from qcore.runtime.nodewise import expose
+from qcore.runtime.nodewise import with_outputs
+from qcore.runtime.ort import load_beside
 from qcore.training.course import Arrays, Teach
 
 
@@ -35,7 +36,7 @@ def teach_of(teacher: ir.Model, student: ir.Model, features: Sequence[str]) -> T
             raise ModelError(
                 f"features names {name!r}, which the teacher does not have; allowed: tensors of both models"
             )
-    predict = expose(teacher, features)
+    predict = load_beside(with_outputs(teacher, features), name="the teacher").predict
 
     def teach(x: Mapping[str, NDArray[np.generic]]) -> Arrays:
         made = predict({theirs: x[ours] for ours, theirs in inputs.items()})

@@ -18,7 +18,7 @@ from qcore.runtime.nodewise import expose  # noqa: E402
 from qcore.runtime.ort import load_as_written, on_samples  # noqa: E402
 from qcore.target import load_target  # noqa: E402
 from qcore.training.executor import ExecutorOptions, build_executor  # noqa: E402
-from qcore.training.fake_quant import quantizers_of  # noqa: E402
+from qcore.training.fake_quant import RoundedThrough, quantizers_of  # noqa: E402
 from qcore.training.weights import trainable_names  # noqa: E402
 
 
@@ -109,3 +109,27 @@ def test_scales_stand_still_unless_they_are_learnt():
         if not np.array_equal(*(constant_array(m.graph.initializers[la.stored]) for m in (model, written)))
     ]
     assert changed
+
+
+@pytest.mark.parametrize("layout", ["last", "first", "flat"])
+@pytest.mark.parametrize(("qmin", "qmax", "zero"), [(-128, 127, -128), (0, 255, 3), (-8, 7, 0)])
+def test_rounding_has_the_gradient_of_learned_step_sizes(layout: str, qmin: int, qmax: int, zero: int) -> None:
+    """Against Esser et al. 2020, equations 1 to 3, in float64."""
+    shape = (40, 12) if layout == "flat" else (8, 4, 5, 3)
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(shape, generator=generator) for _ in range(2))
+    if layout == "last":
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    step = 4.0 / (qmax - qmin)
+    x, scale = x.requires_grad_(), torch.nn.Parameter(torch.tensor([step]))
+    y = RoundedThrough.apply(x, scale, (qmin - zero, qmax - zero), 0.25)
+    y.backward(g)
+    v = x.detach().double() / float(scale.detach())
+    rounded = v.round().clamp(qmin - zero, qmax - zero)
+    inside = (v.round() >= qmin - zero) & (v.round() <= qmax - zero)
+    assert inside.any()
+    assert not inside.all()
+    torch.testing.assert_close(y.detach().double(), rounded * float(scale.detach()), rtol=1e-6, atol=0)
+    assert torch.equal(x.grad, g * inside)
+    wanted = (g.double() * torch.where(inside, rounded - v, rounded)).sum() * 0.25
+    torch.testing.assert_close(scale.grad.double()[0], wanted, rtol=1e-4, atol=1e-4)
