@@ -4,13 +4,31 @@
 """
 
 from qcore.components.calibrate import calibrate
+from qcore.components.cluster import cluster
+from qcore.components.compress import compress
+from qcore.components.decompose import decompose
 from qcore.components.evaluate import evaluate
 from qcore.components.finetune import finetune
 from qcore.components.gate import gate
 from qcore.components.merge_tables import merge_tables
 from qcore.components.package import package
 from qcore.components.prune import prune
+from qcore.components.prune_channels import prune_channels
 from qcore.components.publish import publish
 from qcore.components.quantize import quantize
 
-__all__ = ["calibrate", "evaluate", "finetune", "gate", "merge_tables", "package", "prune", "publish", "quantize"]
+__all__ = [
+    "calibrate",
+    "cluster",
+    "compress",
+    "decompose",
+    "evaluate",
+    "finetune",
+    "gate",
+    "merge_tables",
+    "package",
+    "prune",
+    "prune_channels",
+    "publish",
+    "quantize",
+]

@@ -45,7 +45,7 @@ def collect(root: Path) -> dict[str, dict[str, Json]]:
     """
     found: dict[str, dict[str, Json]] = {}
     for folder in root.glob("*/*/"):
-        component = SOURCES.get(f"components/{folder.name}/component.yaml")
+        component = SOURCES.get(f"components/{folder.name.replace('-', '_')}/component.yaml")
         if component is not None and (folder / "executor_output.json").is_file():
             found[folder.name] = _outputs(component, folder)
     return found

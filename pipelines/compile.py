@@ -11,12 +11,16 @@ from typing import Any
 from kfp import compiler
 
 from qcore.components.calibrate import calibrate
+from qcore.components.cluster import cluster
+from qcore.components.compress import compress
+from qcore.components.decompose import decompose
 from qcore.components.evaluate import evaluate
 from qcore.components.finetune import finetune
 from qcore.components.gate import gate
 from qcore.components.merge_tables import merge_tables
 from qcore.components.package import package
 from qcore.components.prune import prune
+from qcore.components.prune_channels import prune_channels
 from qcore.components.publish import publish
 from qcore.components.quantize import quantize
 from qcore.files import write_atomic
@@ -26,7 +30,21 @@ from qcore.pipelines.release import release
 SOURCES: dict[str, Any] = {
     **{
         f"components/{c.name.replace('-', '_')}/component.yaml": c
-        for c in (calibrate, merge_tables, quantize, prune, finetune, evaluate, gate, package, publish)
+        for c in (
+            calibrate,
+            merge_tables,
+            compress,
+            quantize,
+            prune,
+            prune_channels,
+            cluster,
+            decompose,
+            finetune,
+            evaluate,
+            gate,
+            package,
+            publish,
+        )
     },
     "pipelines/calibrate_sharded/pipeline.yaml": calibrate_sharded,
     "pipelines/release/pipeline.yaml": release,

@@ -183,7 +183,7 @@ def _within_budget(search: _Search, step: PruneChannelsStep, curves: Sequence[Cu
     """
     names = [g.name for g in search.groups]
     sizes = np.array([g.size for g in search.groups], np.float64)
-    terms = {w: cost_terms(search.model, search.channels, names, w) for w in ("macs", "size") if w in step.budgets}
+    terms = {w: cost_terms(search.model, search.channels, names, w) for w in step.budgets if w != "latency"}
     full = {what: t.at(np.ones(len(sizes))) for what, t in terms.items()}
 
     def left(what: str, counts: Counts) -> float:
@@ -203,10 +203,11 @@ def _within_budget(search: _Search, step: PruneChannelsStep, curves: Sequence[Cu
     path = removal_path(curves, lambda counts: max(left(w, counts) / share for w, share in step.budgets.items()))
     at = first_that_fits(path, fits)
     if at is None:
-        what, share = next((w, s) for w, s in step.budgets.items() if measured(w, path[-1]) > s)
+        found = {what: measured(what, path[-1]) for what in step.budgets}
+        what = max(found, key=lambda w: found[w] / step.budgets[w])
         raise ModelError(
-            f"the budget cannot be reached: with the fewest channels allowed {measured(what, path[-1]):.2f} of {what} "
-            f"is left, wanted {share}; raise {what}, or lower multiple = {step.multiple} and min_channels = "
+            f"the budget cannot be reached: with the fewest channels allowed {found[what]:.2f} of {what} is left, "
+            f"wanted {step.budgets[what]}; raise {what}, or lower multiple = {step.multiple} and min_channels = "
             f"{step.min_channels}"
         )
     return given_back(curves, path[at], fits)

@@ -12,6 +12,7 @@ def prune(
     summary: dsl.Output[dsl.Artifact],
     sparsity: float = 0.5,
     model_sha256: str = "",
+    pattern: str = "",
 ) -> None:
     """Set the smallest weights of a float ONNX model to zero.
 
@@ -21,6 +22,8 @@ def prune(
         summary: What was changed and what was skipped, with reasons (JSON).
         sparsity: Share of weights to set to zero, in [0, 1); 0 leaves the model as it is.
         model_sha256: SHA-256 that the model file must have; part of the cache key. Empty: any file.
+        pattern: N:M such as 2:4, taken instead of `sparsity`: N of every M weights along a layer's inputs stay.
+            Empty: `sparsity`.
     """
     from pathlib import Path
 
@@ -30,12 +33,15 @@ def prune(
     from qcore.tracking.tracker import Tracker
 
     with Tracker("prune") as t:
-        t.params({"sparsity": sparsity})
+        zeros = {"pattern": pattern} if pattern else {"sparsity": sparsity}
+        t.params(zeros)
         expect_model(Path(model.path), model_sha256)
-        result = steps.prune(model=Path(model.path), out=Path(pruned.path), sparsity=sparsity)
+        files = {"model": Path(model.path), "out": Path(pruned.path)}
+        result = steps.prune(**files, sparsity=sparsity, pattern=pattern or None)
         write_json(Path(summary.path), result.to_json())
         pruned.metadata.update(file_facts(Path(pruned.path), "onnx"))
-        t.params({"sparsity": sparsity}, on="parent")
-        t.metrics({"size_bytes": result.size_bytes})
+        t.params(zeros, on="parent")
+        packed = {} if result.packed_bytes is None else {"packed_bytes": result.packed_bytes}
+        t.metrics({"size_bytes": result.size_bytes, **packed})
         t.tags({"model.sha256": result.sha256})
         t.artifact(Path(summary.path), name="summary.json")

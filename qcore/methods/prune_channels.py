@@ -128,8 +128,8 @@ def masks(channels: Channels, scores: Mapping[str, Array], counts: Mapping[str, 
     return keep
 
 
-def cost_terms(model: ir.Model, channels: Channels, names: Sequence[str], what: Literal["macs", "size"]) -> CostTerms:
-    """Return how the multiply-accumulates, or the bytes of the file, fall as the groups called `names` shrink.
+def cost_terms(model: ir.Model, channels: Channels, names: Sequence[str], what: str) -> CostTerms:
+    """Return how multiply-accumulates (`what` macs), or bytes of the file (size), fall as the groups `names` shrink.
 
     Raises:
         ModelError: as `layer_costs`.

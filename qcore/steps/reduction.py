@@ -93,8 +93,8 @@ def prune_channels(
         data: card of the samples on which losses are measured and made good.
         out: where to write.
         macs: share of the multiply-accumulates to keep; 0.6 if no budget is given.
-        size: share of the file size to keep, instead.
-        latency: share of the latency on this machine to keep, instead.
+        size: share of the file size to keep.
+        latency: share of the latency on this machine to keep.
         split: of the card.
         progress: told how far it is.
     """

@@ -46,6 +46,7 @@ class RoundedThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, levels: tuple[int, int], factor: float) -> torch.Tensor:
+        """Return `x` in whole steps of `scale` (1,), `levels` of them at most; `factor` is on the scale's gradient."""
         y = (x / scale).round_().clamp_(*levels).mul_(scale)
         ctx.save_for_backward(x, y, scale)
         ctx.levels, ctx.factor = levels, factor

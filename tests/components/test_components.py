@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from kfp import dsl
 
-from qcore import demo
-from qcore.components import calibrate, evaluate, finetune, gate, merge_tables, package, prune, publish, quantize
+from qcore import components, demo
+from qcore.components import calibrate, evaluate, gate, package, prune, publish, quantize
 from qcore.components.images import IMAGE
 from qcore.demo.make_data import write_digits
 from qcore.errors import GateRefused, ModelError
@@ -35,6 +35,9 @@ COMPONENTS = (
     package,
     publish,
 )
+"""The chain."""
+
+ALL = tuple(getattr(components, name) for name in components.__all__)
 POLICY = "name: test\ntop1: {max_drop: 0.05}\n"
 MODEL = Path(demo.__file__).parent / "digits_cnn.onnx"
 
@@ -223,7 +226,7 @@ def test_a_failed_gate_cannot_be_packaged(world: World, tmp_path: Path) -> None:
     assert not (tmp_path / "package").exists()
 
 
-@pytest.mark.parametrize("component", [*COMPONENTS, finetune, merge_tables], ids=lambda c: c.name)
+@pytest.mark.parametrize("component", ALL, ids=lambda c: c.name)
 def test_the_rules_of_a_component(component: Any) -> None:
     source = textwrap.dedent(inspect.getsource(component.python_func))
     (function,) = ast.parse(source).body
@@ -241,6 +244,8 @@ def test_the_rules_of_a_component(component: Any) -> None:
     spec = component.component_spec
     assert spec.description
     assert all(i.description for i in spec.inputs.values())
+    # kfp.local makes an int of every whole number, and of None an error that no caller can avoid.
+    assert not [n for n, i in spec.inputs.items() if i.type == "Integer" and i.optional and i.default is None]
     container = spec.implementation.container
     assert container.image == IMAGE
     assert "pip install" not in " ".join(container.command)

@@ -1,9 +1,11 @@
 """The component `finetune`, called as a function with real artifacts."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from kfp import dsl
@@ -11,6 +13,7 @@ from learning import small_net, write_blobs
 from models import save
 from quantizing import constants
 
+from qcore import steps
 from qcore.components import finetune
 from qcore.errors import ConfigError
 from qcore.files import sha256_file
@@ -78,7 +81,66 @@ def test_another_model_teaches(component: Any, tmp_path: Path) -> None:
     assert metrics["validation_loss_after"] < metrics["validation_loss_before"]
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "names"),
+    [
+        ("prune", {"pattern": "2:4", "score": "movement", "schedule": "constant"}, ["fold-batchnorm", "finetune"]),
+        ("prune", {"sparsity": 0.25, "temperature": 2.0, "seed": 3}, ["fold-batchnorm", "finetune"]),
+        ("cluster", {"clusters": 4, "patience": 1}, ["fold-batchnorm", "cluster", "finetune"]),
+        (
+            "channels",
+            {"macs": 0.7, "teacher_weight": 0.9, "pad_crop": 1, "flip": True},
+            ["fold-batchnorm", "prune-channels", "finetune"],
+        ),
+        ("channels", {"latency": 0.9}, ["fold-batchnorm", "prune-channels", "finetune"]),
+        ("finetune", {"pad_crop": 1, "flip": True}, ["finetune"]),
+        ("decompose", {"size": 0.9}, ["fold-batchnorm", "decompose", "finetune"]),
+    ],
+    ids=["pattern", "sparsity", "clusters", "channels", "latency", "images", "decompose"],
+)
+def test_every_method_takes_its_options(
+    component: Any,
+    wide_net: onnx.ModelProto,
+    tmp_path: Path,
+    method: str,
+    options: dict[str, Any],
+    names: list[str],
+) -> None:
+    save(wide_net, tmp_path / "m.onnx")
+    made = component(method=method, epochs=2, learning_rate=0.02, **options)
+    summary = json.loads(Path(made["summary"].path).read_bytes())
+    assert [s["method"] for s in summary["steps"]] == names
+    assert ("packed_bytes" in made["metrics"].metadata) == (method in ("prune", "cluster"))
+    (journal,) = journals(tmp_path / "journal")
+    (params,) = [x.values for x in read_journal(journal) if isinstance(x, Params)]
+    given = {"method": method, "target": "x86-avx2", "epochs": 2, "batch": 32, "learning_rate": 0.02, **options}
+    assert params == {name: str(value) for name, value in given.items()}
+    weights = [w for w in constants(onnx.load(made["trained"].path)).values() if w.ndim > 1]
+    if "pattern" in options:
+        (w,) = [w for w in weights if w.shape == (48, 32, 3, 3)]
+        assert np.all(np.count_nonzero(np.moveaxis(w, 1, -1).reshape(-1, 4), axis=1) == 2)
+    if "sparsity" in options:
+        flat = np.concatenate([w.ravel() for w in weights])
+        assert np.mean(flat == 0) == pytest.approx(0.25, abs=1 / flat.size)
+    if "clusters" in options:
+        assert max(np.unique(w).size for w in weights) == 4
+    if method in ("channels", "decompose"):
+        assert sum(w.size for w in weights) < sum(w.size for w in constants(wide_net).values() if w.ndim > 1)
+
+
+def test_whatever_a_training_can_be_told_the_component_takes() -> None:
+    assert {f.name for f in fields(steps.Finetuning)} <= set(finetune.component_spec.inputs)
+
+
+def test_an_option_of_another_method_is_refused(component: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="macs is for method channels and decompose; qat has none"):
+        component(macs=0.5)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_wrong_method_is_refused_and_writes_nothing(component: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="method is 'qta'; allowed: qat, prune, distill, finetune"):
+    with pytest.raises(
+        ConfigError, match="method is 'qta'; allowed: qat, prune, channels, cluster, decompose, distill, finetune"
+    ):
         component(method="qta")
     assert not (tmp_path / "out").exists()

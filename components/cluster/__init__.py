@@ -1,0 +1,5 @@
+"""The component `cluster`; its code is `component.py`, its compiled form `component.yaml`."""
+
+from qcore.components.cluster.component import cluster
+
+__all__ = ["cluster"]
