@@ -37,7 +37,8 @@ MOST_TRIALS = 8
 class PruneChannelsStep(Config):
     """Options of the recipe step `prune-channels`.
 
-    `macs`, `size` and `latency` say what share of each to keep at most; without any, 0.6 of the multiply-accumulates.
+    `macs`, `size` and `latency` say what share of each to keep at most; without any, 0.6 of the multiply-accumulates
+    and 0.75 of the latency.
     `criterion` ranks the channels of a group: by what the layers behind them see change (`response`), or by the norms
     of the filters that make them (`magnitude`). Channels are kept in multiples of `multiple` and at least
     `min_channels`; the outputs of the nodes in `exclude` keep theirs. `reconstruct` fits the weights of all layers to
@@ -49,8 +50,8 @@ class PruneChannelsStep(Config):
     size: Share | None = None
     latency: Share | None = None
     criterion: Literal["response", "magnitude"] = "response"
-    multiple: int = Field(default=8, ge=1)
-    min_channels: int = Field(default=8, ge=1)
+    multiple: int = Field(default=4, ge=1)
+    min_channels: int = Field(default=4, ge=1)
     exclude: tuple[str, ...] = ()
     reconstruct: bool = True
     samples: int = Field(default=512, ge=1)
@@ -60,7 +61,7 @@ class PruneChannelsStep(Config):
     def budgets(self) -> dict[str, float]:
         """What is limited, and the share of it to keep: of `macs`, `size` and `latency` those that are given."""
         given = {"macs": self.macs, "size": self.size, "latency": self.latency}
-        return {what: share for what, share in given.items() if share is not None} or {"macs": 0.6}
+        return {what: share for what, share in given.items() if share is not None} or {"macs": 0.6, "latency": 0.75}
 
 
 def axes_to_measure(channels: Channels) -> dict[str, int]:

@@ -112,6 +112,31 @@ def given_back(curves: Sequence[Curve], counts: Counts, fits: Callable[[Counts],
             return counts
 
 
+def trades_of(curves: Sequence[Curve], counts: Counts, over: Callable[[Counts], float]) -> list[Counts]:
+    """Return what costs no more than `counts`: one group keeps fewer, and others get channels back for it.
+
+    Those in which a group goes down by one step of its curve come first.
+
+    Args:
+        curves: of all groups.
+        counts: what they keep; fits.
+        over: the cost of counts as a multiple of what is allowed, or of what `counts` cost if that is more.
+    """
+    limit = max(1.0, over(counts))
+    found: dict[Counts, None] = {}
+    for steps in range(1, max(len(c.counts) for c in curves)):
+        for g, curve in enumerate(curves):
+            at = curve.counts.index(counts[g]) + steps
+            if at >= len(curve.counts):
+                continue
+            # A group that has given does not get back.
+            held = [Curve(counts=(c.counts[at],), errors=(0.0,)) if k == g else c for k, c in enumerate(curves)]
+            tried = given_back(held, (*counts[:g], curve.counts[at], *counts[g + 1 :]), lambda c: over(c) <= limit)
+            if any(a > b for a, b in zip(tried, counts, strict=True)):
+                found[tried] = None
+    return list(found)
+
+
 def channels_kept(score: Array, free: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
     """Return which channels stay: all that are not `free`, and the best of the others up to `count` in all.
 

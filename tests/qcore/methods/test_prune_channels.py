@@ -90,7 +90,7 @@ def test_counts_are_multiples_that_respect_every_limit():
     assert counts_to_try(group, PruneChannelsStep(multiple=4, min_channels=1)) == (8, 4)
     assert counts_to_try(group, PruneChannelsStep(multiple=2, min_channels=3)) == (8, 6, 4)
     assert counts_to_try(group, PruneChannelsStep(multiple=1, min_channels=1)) == (8, 7, 6, 5, 4, 3, 2, 1)
-    assert counts_to_try(group, PruneChannelsStep()) == (8,)
+    assert counts_to_try(group, PruneChannelsStep()) == (8, 4)
     wide = channel_groups(parsed(grown(0, ["grouped"], "pooled"))).groups[0]
     assert counts_to_try(wide, PruneChannelsStep(multiple=4, min_channels=4)) == (2, 1)
 
@@ -119,6 +119,6 @@ def test_costs_that_are_foreseen_are_those_of_the_smaller_model(blocks, what):
 
 
 def test_what_is_limited():
-    assert PruneChannelsStep().budgets == {"macs": 0.6}
+    assert PruneChannelsStep().budgets == {"macs": 0.6, "latency": 0.75}
     assert PruneChannelsStep(size=0.3).budgets == {"size": 0.3}
     assert PruneChannelsStep(macs=0.6, latency=0.75).budgets == {"macs": 0.6, "latency": 0.75}

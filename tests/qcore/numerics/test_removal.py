@@ -15,6 +15,7 @@ from qcore.numerics.removal import (
     given_back,
     latency_left,
     removal_path,
+    trades_of,
 )
 
 
@@ -85,6 +86,23 @@ def test_the_budget_holds_and_what_is_given_back_still_fits(seed, share):
     assert all(cost.at(np.array(c) / 16) > share * full for c in more)
     assert cost.at(np.array(back) / 16) <= share * full
     assert all(b >= p for b, p in zip(back, path[at], strict=True))
+
+
+@given(st.integers(0, 200))
+def test_trades_cost_no_more_and_give_something_back(seed):
+    rng = np.random.default_rng(seed)
+    curves = [Curve(counts=(8, 6, 4, 2), errors=(0.0, *np.cumsum(rng.random(3)).tolist())) for _ in range(3)]
+    counts = tuple(int(c) for c in rng.choice((8, 6, 4, 2), 3))
+    cost = of(terms(3), 8)
+    limit = cost(counts)
+    trades = trades_of(curves, counts, lambda c: cost(c) / limit)
+    assert counts not in trades
+    for trade in trades:
+        assert cost(trade) <= limit
+        assert sum(a < b for a, b in zip(trade, counts, strict=True)) == 1
+        assert sum(a > b for a, b in zip(trade, counts, strict=True)) >= 1
+    if counts == (4, 4, 4):
+        assert trades
 
 
 @given(st.integers(0, 500), st.integers(1, 12))
