@@ -47,6 +47,7 @@ Array = NDArray[np.float64]
 TRIAL_SAMPLES = 64
 """What the loss of channels of one group is measured on, spread over the samples to fit."""
 _TRIAL_POSITIONS = 16
+_TRADES_AT_ONCE = 6
 MOST_TRADES = 24
 """So many ways to spend the same budget are fitted and compared at most."""
 TIMING_S = 1.0
@@ -200,6 +201,11 @@ class _Budget:
         """Return the largest of all costs, each as a multiple of what may be left."""
         return max(self.left(what, counts) / share for what, share in self.shares.items())
 
+    def near(self, counts: Counts) -> Callable[[Counts], float]:
+        """Return `over` for what is not far from `counts`, where what is measured differs from what is estimated."""
+        error = {what: self.measured(what, counts) - self.left(what, counts) for what in self.shares}
+        return lambda c: max((self.left(what, c) + error[what]) / share for what, share in self.shares.items())
+
     def holds(self, counts: Counts) -> bool:
         """Say whether all budgets hold where latency is measured."""
         return all(self.measured(what, counts) <= share for what, share in self.shares.items())
@@ -267,14 +273,15 @@ def _traded(
 
     best, seen, left = lost(counts), {counts}, MOST_TRADES
     while left > 0:
-        trades = [t for t in trades_of(curves, counts, budget.over) if t not in seen][:left]
+        over = budget.near(counts)
+        trades = [t for t in trades_of(curves, counts, over) if t not in seen][: min(left, _TRADES_AT_ONCE)]
         seen |= set(trades)
         left -= len(trades)
         found = sorted((lost(t), t) for t in trades)
         better = next(((error, t) for error, t in found if error < best and budget.holds(t)), None)
-        if better is None:
+        if better is None and not trades:
             break
-        best, counts = better
+        best, counts = better or (best, counts)
     return counts
 
 

@@ -111,8 +111,9 @@ def counts_to_try(group: ChannelGroup, step: PruneChannelsStep) -> tuple[int, ..
     unit = max(1, step.multiple // group.width)
     least = max(1, -(-step.min_channels // group.width), int((~group.free).sum()))
     counts = [c for c in range(group.size - 1, least - 1, -1) if c % unit == 0]
-    if len(counts) > MOST_TRIALS:
-        counts = [counts[i] for i in np.linspace(0, len(counts) - 1, MOST_TRIALS).round().astype(int)]
+    while len(counts) > MOST_TRIALS:  # rounder numbers, which kernels like
+        unit *= 2
+        counts = [c for c in counts if c % unit == 0]
     return (group.size, *counts)
 
 

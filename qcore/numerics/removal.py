@@ -115,7 +115,7 @@ def given_back(curves: Sequence[Curve], counts: Counts, fits: Callable[[Counts],
 def trades_of(curves: Sequence[Curve], counts: Counts, over: Callable[[Counts], float]) -> list[Counts]:
     """Return what costs no more than `counts`: one group keeps fewer, and others get channels back for it.
 
-    Those in which a group goes down by one step of its curve come first.
+    Those that lose least come first, if what single groups lose adds up.
 
     Args:
         curves: of all groups.
@@ -134,7 +134,8 @@ def trades_of(curves: Sequence[Curve], counts: Counts, over: Callable[[Counts], 
             tried = given_back(held, (*counts[:g], curve.counts[at], *counts[g + 1 :]), lambda c: over(c) <= limit)
             if any(a > b for a, b in zip(tried, counts, strict=True)):
                 found[tried] = None
-    return list(found)
+    lost = [dict(zip(c.counts, c.rising().errors, strict=True)) for c in curves]
+    return sorted(found, key=lambda t: (sum(errors[n] for errors, n in zip(lost, t, strict=True)), t))
 
 
 def channels_kept(score: Array, free: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:

@@ -83,7 +83,7 @@ def test_what_made_a_model_smaller_is_made_good_by_training(method, step):
     assert [s.method for s in recipe.steps] == ["fold-batchnorm", step, "finetune"]
     assert recipe.steps[1].macs == 0.5
     assert recipe.steps[2].epochs == 3
-    assert recipe.steps[2].learning_rate > recipe_of(steps.Finetuning(method="finetune")).steps[0].learning_rate
+    assert recipe_of(steps.Finetuning(method=method, learning_rate=0.5)).steps[2].learning_rate == 0.5
 
 
 def test_images_are_moved_where_that_is_asked():
