@@ -113,7 +113,8 @@ class Recipe(Config):
     def only_packs_smaller(self) -> bool:
         """Whether a step makes weights that take less in a package and as much in the file."""
         sparse = any(isinstance(s, FinetuneStep) and s.sparsify is not None for s in self.steps)
-        return sparse or any(isinstance(s, PruneStep | ClusterStep) for s in self.steps)
+        few = self.quantize_step is not None and (self.quantize_step.weight_bits or 8) < 8
+        return sparse or few or any(isinstance(s, PruneStep | ClusterStep) for s in self.steps)
 
     @property
     def reads_target(self) -> bool:

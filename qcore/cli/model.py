@@ -49,7 +49,10 @@ def prune(
     split: opt.CalibrationSplit = "calibration",
     as_json: opt.AsJson = False,
 ) -> None:
-    """Set the smallest weights of every layer to zero, or remove whole channels down to a budget."""
+    """Set the smallest weights of every layer to zero, or remove whole channels down to a budget, without training.
+
+    Mostly that loses accuracy: `qcore finetune --method prune` and `--method channels` train what is left.
+    """
     if macs is None and size is None and latency is None:
         if data is not None:
             raise ConfigError("--data is for removing channels; add one of --macs, --size and --latency")

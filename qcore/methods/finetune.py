@@ -34,9 +34,9 @@ class Sparsify(Config):
 
     `sparsity` of all weights together (`scope` model) or of every layer, or a `pattern` N:M along the inputs of each.
     The weights that go are those of the least `score`: their size (magnitude; over the whole model relative to their
-    layer, LAMP), or how far training moves them from zero (movement). From the share `start` of all steps to the share
-    `end`, every `every` steps, they are chosen anew; how many go then rises to the end (schedule polynomial) or is
-    constant. Only states from the end on are kept. Layers in `exclude` stay as they are.
+    layer, LAMP), or the size that training would give them if none was left out (movement). From the share `start` of
+    all steps to the share `end`, every `every` steps, they are chosen anew; how many go then rises to the end (schedule
+    polynomial) or is constant. Only states from the end on are kept. Layers in `exclude` stay as they are.
     """
 
     sparsity: float = Field(default=0.5, gt=0, lt=1)
@@ -69,9 +69,9 @@ class TrainingStep(Config):
 
     `teacher` is the file of an ONNX model with the same inputs and outputs, its path relative to the current folder;
     without one the model that the recipe began with teaches. `teacher_weight` is the share of its outputs in the loss,
-    the rest is for labels; without it the share is 0.5 where there are at least 1,000 labelled samples, else 1
-    (distillation). `temperature` softens both sides' outputs. `features` names tensors that both models have and that
-    should be equal, too.
+    the rest is for labels; without it the share is 0.5 where there are at least 1,000 labelled samples (0 where a model
+    would teach itself), else 1 (distillation). `temperature` softens both sides' outputs. `features` names tensors that
+    both models have and that should be equal, too.
 
     `epochs` over the samples, `batch` samples a step. `learning_rate` is a share of the size of each tensor (the
     root of its mean square), since equalized layers, and those with folded batch norms, differ a thousandfold; it

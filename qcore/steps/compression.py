@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RECOVERY_BATCH = 8
+MUCH_LOST = 0.02  # of accuracy, which deserves a warning
 HELD_OUT = 4  # one batch in so many judges
 ANY_TARGET = "x86-avx2"  # a recipe without quantize does not look at it
 
@@ -190,7 +191,21 @@ def trained(model: Path, out: Path, recipe: "Recipe", target: str, training: Tra
             seconds, epochs = sum(e.seconds for e in s.epochs), len(s.epochs) - 1
             logger.info("%s: %d samples x %d epochs in %.1f s", s.method, s.samples, epochs, seconds)
             logger.info("%s: validation loss %.4g -> %.4g", s.method, s.error_before, s.error_after)
+            _say_what_was_lost(s)
     return summary
+
+
+def _say_what_was_lost(step: "AppliedStep") -> None:
+    """Warn where a step that trains ends with much less accuracy than it began with, as zeros can bring about."""
+    before, after = step.epochs[0].accuracy, step.epochs[step.best or 0].accuracy
+    if before is not None and after is not None and before - after > MUCH_LOST:
+        logger.warning(
+            "%s: accuracy on the validation samples fell from %.1f %% to %.1f %%; take away less, or train longer, on "
+            "more samples, or at another learning_rate",
+            step.method,
+            100 * before,
+            100 * after,
+        )
 
 
 def gathered(model: "ir.Model", dataset: "Dataset", samples: bool, progress: Progress) -> "Evidence":

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 METHODS = ("qat", "prune", "channels", "cluster", "decompose", "distill", "finetune")
 WHOLE_BITS = 8
 """With fewer bits the weights are rounded to second order first: training then starts from less error."""
-FEW_BITS_RATE = 2e-4
-"""Of weights with few levels every change is a large one: at the rate for eight bits they never settle."""
 _OF: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "weight_bits": ("qat",),
@@ -38,8 +36,19 @@ _OF: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Option -> the methods that have it; what is not here is of the step that trains."""
 _AUGMENT = ("pad_crop", "flip")
-_RATES: Mapping[str, float] = MappingProxyType({"prune": 5e-3, "channels": 2e-2, "decompose": 2e-3})
-"""Where much was taken away, much must move; chains of factors are close already."""
+_TRAINING: "Mapping[str, Mapping[str, Json]]" = MappingProxyType(
+    {
+        "prune": {"learning_rate": 5e-3, "epochs": 15},
+        "channels": {"learning_rate": 2e-2, "epochs": 40},
+        "decompose": {"learning_rate": 2e-3},
+        "distill": {"learning_rate": 2e-2, "epochs": 20},
+    }
+)
+"""How each method trains by default, where not as the step does: where much was taken away, much must move."""
+_FEW_BITS: "Mapping[str, Json]" = MappingProxyType({"learning_rate": 2e-4, "temperature": 4})
+"""Of weights with few levels every change is a large one: at the rate for eight bits they never settle."""
+_PATTERN: "Mapping[str, Json]" = MappingProxyType({"end": 0.3})
+"""A pattern comes in few large steps; the last one must not come late."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,23 +145,21 @@ def recipe_of(how: Finetuning) -> "Recipe":
 def _steps(method: str, own: dict[str, object], learns: dict[str, object]) -> "list[Json]":
     """Return the steps of `method` with the options `own`, and of the training with the options `learns`."""
     fold = {"method": "fold-batchnorm"}
-    rate = {"learning_rate": _RATES[method]} if method in _RATES else {}
-    train = {"method": "finetune", **rate, **learns}
+    train = {"method": "finetune", **_TRAINING.get(method, {}), **learns}
     match method:
         case "qat":
             ranges = {"ranges": "percentile", "percentile": 99.999}
             rounded = own.get("weight_bits", WHOLE_BITS) != WHOLE_BITS
-            rate = {"learning_rate": FEW_BITS_RATE} if rounded else {}
             return [
                 fold,
                 {"method": "gemm-head"},
                 {"method": "equalize"},
                 {"method": "quantize", **ranges, **own},
                 *([{"method": "round-weights"}] if rounded else []),
-                {"method": "qat", **rate, **learns},
+                {"method": "qat", **(_FEW_BITS if rounded else {}), **learns},
             ]
         case "prune":
-            return [fold, {**train, "sparsify": own}]
+            return [fold, {**train, "sparsify": {**(_PATTERN if "pattern" in own else {}), **own}}]
         case "channels":
             return [fold, {"method": "prune-channels", **own}, train]
         case "cluster" | "decompose":

@@ -117,7 +117,18 @@ def splits(data: Path, split: str, step: "TRAINING", level: int = logging.WARNIN
 
     known = load_card(data)[0].splits
     named = step.model_fields_set
-    learn = open_dataset(data, step.train if step.train in known or "train" in named else split)
+    own = step.train in known or "train" in named
+    learn = open_dataset(data, step.train if own else split)
+    if not own:
+        logger.log(
+            level,
+            "%s has no split %r: %d samples of %r are learnt from; add %r to the card, with more samples",
+            learn.card.name,
+            step.train,
+            learn.n,
+            learn.split,
+            step.train,
+        )
     _refuse_learning_the_exam(data, learn, known)
     if step.validation in known or "validation" in named:
         judge = open_dataset(data, step.validation)

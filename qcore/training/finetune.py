@@ -100,10 +100,11 @@ class _Class:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Extras:
-    """What zeroes weights on the way, and whether all batches must have the same size."""
+    """What zeroes weights on the way, whether batches must be of one size, and whether a model teaches itself."""
 
     sparsified: SparsifiedWeights | None = None
     whole: bool = False
+    itself: bool = False
 
 
 def finetune(model: ir.Model, original: ir.Model, step: FinetuneStep, schooling: Schooling) -> Lessons:
@@ -139,8 +140,10 @@ def finetune(model: ir.Model, original: ir.Model, step: FinetuneStep, schooling:
     weights = student.weights
     sparsified = None
     if step.sparsify is not None:
-        sparsified = SparsifiedWeights(step=step.sparsify, weights=tuple((s, weights[n]) for n, s in sparse.items()))
-    extras = _Extras(sparsified=sparsified, whole=open_model is not model)
+        held = tuple((s, weights[n]) for n, s in sparse.items())
+        sparsified = SparsifiedWeights(step=step.sparsify, rate=step.learning_rate, weights=held)
+    itself = model is original and schooling.teacher is None and step.sparsify is None
+    extras = _Extras(sparsified=sparsified, whole=open_model is not model, itself=itself)
     known = _class(model, (model,), schooling.teacher or original)
     trained = _trained(student, _groups(student, names, step), known, (step, extras), schooling)
     if trained.best == 0:
@@ -285,7 +288,7 @@ def _trained(
 ) -> Trained:
     step, extras = how
     teach = teach_of(known.teacher, known.start, step.features)
-    objective = _objective(teach, str(known.start.graph.outputs[0].name), step, schooling)
+    objective = _objective(teach, str(known.start.graph.outputs[0].name), (step, extras.itself), schooling)
     processes = join(schooling.device)
     learn = _course(teach if objective.needs_teacher else None, step, schooling, processes)
     learn = replace(learn, whole=extras.whole)
@@ -335,14 +338,14 @@ def _course(teach: Teach | None, step: TrainingStep, schooling: Schooling, proce
     )
 
 
-def _objective(teach: Teach, output: str, step: TrainingStep, schooling: Schooling) -> Objective:
+def _objective(teach: Teach, output: str, how: tuple[TrainingStep, bool], schooling: Schooling) -> Objective:
     """Return what is made small, after a look at what the teacher says of some samples."""
-    data = schooling.learn.data
+    (step, itself), data = how, schooling.learn.data
     x, _ = schooling.feed(schooling.judge, np.arange(min(_LOOKED_AT, schooling.judge.n)))
     made = teach(x)
     first = torch.from_numpy(np.asarray(made[output], np.float32))
     classes = data.card.task == "classification" and first.dim() > 1 and first.numel() > len(first)
-    share = _teachers_share(step, schooling, classes)
+    share = _teachers_share(step, schooling, classes, itself)
     if share < 1:
         _refuse_other_labels(data, first.numel() // len(first))
     return Objective(
@@ -355,14 +358,15 @@ def _objective(teach: Teach, output: str, step: TrainingStep, schooling: Schooli
     )
 
 
-def _teachers_share(step: TrainingStep, schooling: Schooling, classes: bool) -> float:
-    """Return the teacher's part of the loss; the rest is for labels."""
+def _teachers_share(step: TrainingStep, schooling: Schooling, classes: bool, itself: bool) -> float:
+    """Return the teacher's part of the loss; the rest is for labels. From itself a model learns nothing new."""
     data, share = schooling.learn.data, step.teacher_weight
     why = f"split {data.split!r} of {data.card.name} has no labels" if data.labels is None else None
     if why is None and not classes:
         why = "the model's first output names no classes, so labels cannot teach it"
     if share is None:
-        return 0.5 if why is None and data.n >= FEWEST_LABELS else 1.0
+        many = why is None and data.n >= FEWEST_LABELS
+        return (0.0 if itself else 0.5) if many else 1.0
     if share < 1 and why is not None:
         raise ModelError(f"teacher_weight is {share}, but {why}; allowed: 1, or leave it out")
     return share

@@ -107,6 +107,7 @@ def _trained(student: Executor, groups: list[dict[str, Any]], task: Assignment) 
     saved = _found(task)
     if saved is not None:
         _resume(run, saved)
+        journey.told("going on behind epoch", len(run.epochs) - 1, step.epochs)
     if _goes_on(run):
         ask_teacher(task.judge, lambda done, n: journey.told("asking the teacher, validation", done, n))
         ask_teacher(task.learn, lambda done, n: journey.told("asking the teacher", done, n))

@@ -3,6 +3,12 @@
 The optimizer goes on holding the weights that are left out; those that are needed after all come back. They get no
 gradient of their own, but what movement scores add up is the gradient that they would have got.
 
+Movement adds up `-gradient x weight`: half of what a step of gradient descent would change the square of a weight by.
+So its score begins with half the square of the weight, and tells how large the weight would be, had it been trained
+without being left out. Begun at zero, as in the paper, which fine-tunes for another task, it is noise where a model has
+learnt its task already (digits, half of the weights: 11 % instead of 94 %). Gradients count relative to their size, as
+in Adam.
+
 Source: Zhu and Gupta 2017 (arXiv 1710.01878) equation 1 for the schedule; Sanh et al. 2020 (arXiv 2005.07683) section 3
 for movement.
 """
@@ -23,16 +29,17 @@ from qcore.methods.finetune import Sparsify
 from qcore.numerics.sparsity import joint_masks, lamp_scores, magnitude_mask, pattern_mask, pattern_of
 
 Mask = NDArray[np.bool_]
+_SMALLEST = 1e-12
 
 
 class Sparse(torch.nn.Module):
     """Leaves out some weights; their gradient arrives all the same, for the scores. `SparsifiedWeights` uses it up."""
 
-    def __init__(self, size: Sequence[int], axis: int, inner: torch.nn.Module) -> None:
+    def __init__(self, w: NDArray[np.floating], axis: int, inner: torch.nn.Module) -> None:
         """Begin with all weights.
 
         Args:
-            size: of the weights.
+            w: the weights before training.
             axis: of them that a layer sums over.
             inner: what else is done to them, before.
         """
@@ -40,8 +47,10 @@ class Sparse(torch.nn.Module):
         self.axis, self.inner = axis, inner
         self.mask: torch.Tensor
         self.score: torch.Tensor
-        self.register_buffer("mask", torch.ones(tuple(size)))
-        self.register_buffer("score", torch.zeros(tuple(size)))
+        start = torch.from_numpy(np.array(w, np.float32))
+        self.size = float(start.square().mean().sqrt())
+        self.register_buffer("mask", torch.ones_like(start))
+        self.register_buffer("score", start.square() / 2)
 
     def forward(self, w: torch.Tensor) -> torch.Tensor:
         """Return `w` with zeros where the mask has them; the gradient passes unchanged."""
@@ -51,9 +60,13 @@ class Sparse(torch.nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparsifiedWeights:
-    """What is called when gradients are there: keeps score, chooses, and holds the weights that are left out still."""
+    """What is called when gradients are there: keeps score, chooses, and holds the weights that are left out still.
+
+    `rate` is that at which weights learn, as a share of their size.
+    """
 
     step: Sparsify
+    rate: float
     weights: tuple[tuple[Sparse, torch.nn.Parameter], ...]
 
     def __call__(self, done: int, total: int) -> None:
@@ -61,7 +74,9 @@ class SparsifiedWeights:
         with torch.no_grad():
             if self.step.score == "movement":
                 for sparse, p in self.weights:
-                    sparse.score.sub_(_gradient(p) * p)
+                    g = _gradient(p)
+                    pace = self.rate * sparse.size / g.square().mean().sqrt().clamp_min(_SMALLEST)
+                    sparse.score.sub_(pace * g * p)
             if chooses(self.step, done, total):
                 masks = chosen(
                     self.step, [self._scored(s, p) for s, p in self.weights], reached(self.step, done, total)
@@ -72,7 +87,7 @@ class SparsifiedWeights:
                 _gradient(p).mul_(sparse.mask)
 
     def _scored(self, sparse: Sparse, p: torch.nn.Parameter) -> tuple[NDArray[np.floating], int]:
-        score = sparse.score if self.step.score == "movement" else sparse.inner(p).abs()
+        score = (2 * sparse.score.clamp_min(0)).sqrt() if self.step.score == "movement" else sparse.inner(p).abs()
         return score.cpu().numpy(), sparse.axis
 
 
@@ -94,7 +109,7 @@ def sparse_weights(
     layers, skipped = prunable_layers(model, exclude=step.exclude, of=of)
     trained = set(names)
     found = {
-        str(la.weight.name): Sparse(la.array.shape, la.axis, kept.get(str(la.weight.name), torch.nn.Identity()))
+        str(la.weight.name): Sparse(la.array, la.axis, kept.get(str(la.weight.name), torch.nn.Identity()))
         for la in reversed(layers)
         if la.weight.name in trained
     }
@@ -128,23 +143,17 @@ def chosen(step: Sparsify, scored: Sequence[tuple[NDArray[np.floating], int]], s
 
     Args:
         step: options.
-        scored: of each layer the scores, larger is more, and the axis that it sums over.
+        scored: of each layer the scores, which are sizes of weights, and the axis that it sums over.
         share: of the aim that is due.
     """
     if step.pattern is not None:
         kept, of = pattern_of(step.pattern)
         now = of - round((of - kept) * share)
-        return [np.ones(s.shape, bool) if now == of else pattern_mask(_positive(s), now, of, axis=a) for s, a in scored]
+        return [np.ones(s.shape, bool) if now == of else pattern_mask(s, now, of, axis=a) for s, a in scored]
     sparsity = step.sparsity * share
     if step.scope == "layer":
-        return [magnitude_mask(_positive(s), sparsity) for s, _ in scored]
-    magnitude = step.score == "magnitude"
-    return joint_masks([lamp_scores(s) if magnitude else _positive(s) for s, _ in scored], sparsity)
-
-
-def _positive(scores: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Return `scores` with their order and no number below zero: masks keep what is large in size."""
-    return np.asarray(scores - min(0.0, float(scores.min(initial=0.0))))
+        return [magnitude_mask(s, sparsity) for s, _ in scored]
+    return joint_masks([lamp_scores(s) for s, _ in scored], sparsity)
 
 
 def _gradient(p: torch.nn.Parameter) -> torch.Tensor:

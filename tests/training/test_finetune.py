@@ -231,6 +231,23 @@ def test_a_softmax_at_the_end_teaches_and_learns(folder: Folder) -> None:
     assert trained_one(made).epochs[-1].accuracy > 0.5
 
 
+def test_a_model_with_labels_does_not_teach_itself(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "FEWEST_LABELS", 100)
+    losses = []
+    for share in ("", ", teacher_weight: 0", ", teacher_weight: 0.5"):
+        _, made = folder.compress(small_net(), f"method: finetune, epochs: 1, batch: 32, batch_norms: false{share}")
+        losses.append(made.steps[0].epochs[0].validation)
+    assert losses[0] == losses[1] > losses[2]
+
+
+def test_much_accuracy_lost_is_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    good, _ = folder.compress(small_net(channels=8), FINETUNE.replace("epochs: 2", "epochs: 30"))
+    step = "method: finetune, epochs: 2, batch: 32, learning_rate: 0.00001, teacher_weight: 0"
+    folder.compress(good, f"{step}, sparsify: {{sparsity: 0.95, every: 1}}")
+    assert "accuracy on the validation samples fell from" in caplog.text
+    assert "train longer" in caplog.text
+
+
 def test_without_labels_the_teacher_teaches(folder: Folder) -> None:
     folder.card = write_blobs(folder.folder / "data", labels=False)
     proto, _ = structured("zeros")
@@ -403,7 +420,8 @@ def test_one_sample_cannot_teach_and_judge(folder: Folder) -> None:
     refused(folder, DataError, "split 'train' has 1 sample; allowed: 2 or more, since some must judge", FINETUNE)
 
 
-def test_without_splits_of_their_own_one_sample_in_ten_judges(folder: Folder) -> None:
+def test_without_splits_of_their_own_one_sample_in_ten_judges(folder: Folder, caplog) -> None:
     folder.card.write_text("name: blobs\npath: blobs.npz\nlayout: NCHW\nsplits:\n  calibration: {}\n")
     _, made = folder.compress(small_net(), FINETUNE)
     assert trained_one(made).samples == 231
+    assert "blobs has no split 'train': 256 samples of 'calibration' are learnt from" in caplog.text

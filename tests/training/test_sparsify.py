@@ -35,13 +35,13 @@ def trained(folder: Path, proto: onnx.ModelProto, *recipe: dict, target: str = "
     return onnx.load(out), made
 
 
-def finetune(**options) -> dict:
+def finetune(epochs: int = 4, **options) -> dict:
     sparsify = {"sparsity": 0.5, "every": 2, **options}
     if "pattern" in options:
         del sparsify["sparsity"]
     return {
         "method": "finetune",
-        "epochs": 4,
+        "epochs": epochs,
         "batch": 32,
         "learning_rate": 0.02,
         "teacher_weight": 0,
@@ -57,12 +57,14 @@ def layers(proto: onnx.ModelProto) -> list[np.ndarray]:
 @pytest.mark.parametrize("score", ["magnitude", "movement"])
 @pytest.mark.parametrize("schedule", ["polynomial", "constant"])
 def test_half_of_all_weights_are_zero_at_the_end(score: str, schedule: str, tmp_path: Path) -> None:
-    after, made = trained(tmp_path, small_net(channels=8), finetune(score=score, schedule=schedule))
+    after, made = trained(tmp_path, small_net(channels=8), finetune(40, score=score, schedule=schedule))
     zeros, size = sum((w == 0).sum() for w in layers(after)), sum(w.size for w in layers(after))
     assert zeros == round(0.5 * size)
     (step,) = made.steps
     assert step.kept
-    assert step.best >= 3  # choosing ends in the third of four epochs; what was denser is no result
+    assert step.best > 20  # choosing ends behind the twentieth of forty epochs; what was denser is no result
+    assert step.epochs[step.best].accuracy > 0.8
+    assert all((w != 0).any() for w in layers(after))
     assert made.packed_bytes is not None
 
 
@@ -125,8 +127,8 @@ def test_a_pattern_comes_one_weight_at_a_time() -> None:
 
 def test_what_moves_from_zero_stays_and_what_moves_to_zero_goes() -> None:
     w = torch.nn.Parameter(torch.tensor([[1.0, 1.0, 0.1, 0.1]]))
-    sparse = Sparse(w.shape, 1, torch.nn.Identity())
-    weights = SparsifiedWeights(step=Sparsify(score="movement", end=0.5, every=1), weights=((sparse, w),))
+    sparse = Sparse(w.detach().numpy(), 1, torch.nn.Identity())
+    weights = SparsifiedWeights(step=Sparsify(score="movement", end=0.5, every=1), rate=1.0, weights=((sparse, w),))
     for k in range(2):
         w.grad = None
         (sparse(w) * torch.tensor([[1.0, -1.0, -1.0, 1.0]])).sum().backward()
@@ -138,8 +140,8 @@ def test_what_moves_from_zero_stays_and_what_moves_to_zero_goes() -> None:
 
 def test_a_weight_that_is_needed_after_all_comes_back() -> None:
     w = torch.nn.Parameter(torch.tensor([[3.0, 2.0, 1.0, 0.5]]))
-    sparse = Sparse(w.shape, 1, torch.nn.Identity())
-    weights = SparsifiedWeights(step=Sparsify(schedule="constant", end=0.9, every=1), weights=((sparse, w),))
+    sparse = Sparse(w.detach().numpy(), 1, torch.nn.Identity())
+    weights = SparsifiedWeights(step=Sparsify(schedule="constant", end=0.9, every=1), rate=0.1, weights=((sparse, w),))
     w.grad = torch.zeros_like(w)
     weights(0, 10)
     assert sparse.mask.tolist() == [[1, 1, 0, 0]]
