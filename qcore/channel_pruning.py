@@ -136,6 +136,8 @@ def _refuse_quantized(model: ir.Model) -> None:
 
 
 def _search(model: ir.Model, step: PruneChannelsStep, evidence: Evidence, given: Mapping[str, Array]) -> _Search:
+    if missing := set(step.exclude) - {node_name(n) for n in model.graph}:
+        raise ModelError(f"exclude names node {min(missing)!r}, which does not exist; names are those of the file")
     channels = channel_groups(model)
     stats = channel_statistics(model, evidence, axes_to_measure(channels))
     scores = importances(model, channels, step.criterion, stats)

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcore.errors import ModelError
 from qcore.graph.rewrite import Skipped
 from qcore.graph.traverse import constant_array, int_attribute, node_name
 
@@ -32,7 +33,12 @@ def prunable_layers(
         model: float model; Conv, ConvTranspose, Gemm and MatMul are looked at.
         exclude: names of nodes to leave alone.
         of: the M of a pattern N:M that shall be laid along the inputs; None where there is none.
+
+    Raises:
+        ModelError: `exclude` names no node.
     """
+    if missing := set(exclude) - {node_name(n) for n in model.graph}:
+        raise ModelError(f"exclude names node {min(missing)!r}, which does not exist; names are those of the file")
     found: list[Prunable] = []
     skipped: list[Skipped] = []
     for node in [n for n in model.graph if n.op_type in PRUNED and n.domain == ""]:

@@ -25,7 +25,7 @@ class Augment(Config):
     `pad_crop` moves the image by up to so many pixels, `flip` mirrors every second one left to right.
     """
 
-    pad_crop: int = Field(default=0, ge=0)
+    pad_crop: int = Field(default=0, ge=0, le=256)
     flip: bool = False
 
 

@@ -70,7 +70,7 @@ def pattern_of(text: str) -> tuple[int, int]:
         ValueError: it is none.
     """
     kept, _, of = text.partition(":")
-    if not (kept.isdecimal() and of.isdecimal() and 1 <= int(kept) < int(of)):
+    if not (text.isascii() and kept.isdecimal() and of.isdecimal() and 1 <= int(kept) < int(of)):
         raise ValueError(f"pattern is {text}; allowed: N:M with 1 <= N < M, e.g. 2:4")
     return int(kept), int(of)
 

@@ -168,9 +168,12 @@ def trained(model: Path, out: Path, recipe: "Recipe", target: str, training: Tra
     import tempfile
 
     from qcore.graph.io import parse_model, read_model_bytes
-    from qcore.steps.training import checkpoint_of, parted, school_of, splits
+    from qcore.steps.training import checkpoint_of, parted, refuse_hopeless, school_of, splits
 
-    refuse_overwrite(out, model, target, *(s.teacher for s in recipe.training_steps if s.teacher), data=training.data)
+    inputs: list[Path | str] = [model, target, *(s.teacher for s in recipe.training_steps if s.teacher)]
+    states = [checkpoint_of(out, k) for k, s in enumerate(recipe.steps) if s in recipe.training_steps]
+    for path in (out, *states):
+        refuse_overwrite(path, *inputs, data=training.data)
     if not is_first():
         training = replace(training, progress=silent, on_epoch=unseen)
     raw = read_model_bytes(model)
@@ -180,12 +183,13 @@ def trained(model: Path, out: Path, recipe: "Recipe", target: str, training: Tra
     own = learn if judge.split == training.split else open_calibration(training.data, training.split)
     dataset = own if recipe.reads_calibration_data else None
     with tempfile.TemporaryDirectory(prefix="qcore-train-") as folder, parted():
+        refuse_hopeless(out, recipe.training_steps, training.device)
         school = school_of(raw, training, out=out, folder=Path(folder))
         evidence = None if dataset is None else gathered(parsed, dataset, recipe.needs_samples, training.progress)
         summary = _written(raw, parsed, out, recipe, (target, evidence), training.progress, school=school)
     if is_first():
-        for position in range(len(recipe.steps)):
-            checkpoint_of(out, position).unlink(missing_ok=True)
+        for path in states:
+            path.unlink(missing_ok=True)
     for s in summary.steps:
         if s.epochs:
             seconds, epochs = sum(e.seconds for e in s.epochs), len(s.epochs) - 1

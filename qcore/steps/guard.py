@@ -45,7 +45,11 @@ def refuse_overwrite(out: Path, *inputs: Path | str, data: Path | None = None) -
         inputs: files; names of shipped recipes and targets are no files and do no harm.
         data: a data card, with everything that it reads.
     """
-    if out.exists() and not out.is_file():
+    try:
+        present = out.exists()
+    except OSError as e:  # a name that is too long, or a folder that may not be entered
+        raise ConfigError(f"output {out.name[:60]} cannot be written: {e.strerror}; pass another path") from e
+    if present and not out.is_file():
         raise ConfigError(f"output {out} is not a regular file; pass the path of a file")
     files, folders = [Path(p) for p in inputs], []
     if data is not None:

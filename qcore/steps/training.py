@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ School = Callable[["TRAINING", int], "Schooling"]
 EXAM = "evaluation"
 JUDGES = 10  # without a validation split one sample in so many judges
 _CHECKPOINT = "checkpoint"
+_NO_TORCH = "training needs torch, which is not installed; run `pip install -c constraints.txt .[train]`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,36 @@ def checkpoint_of(out: Path, position: int) -> Path:
     return out.with_name(f"{out.name}.{position}.{_CHECKPOINT}")
 
 
+def refuse_hopeless(out: Path, wanted: "Sequence[TRAINING]", device: str) -> None:
+    """Refuse before the first step what training or writing would be refused for at the end.
+
+    Args:
+        out: where the model goes.
+        wanted: the steps that train.
+        device: as asked for.
+
+    Raises:
+        ConfigError: torch or the device is missing, or nothing can be written where `out` lies.
+        ModelError: a teacher cannot be read.
+    """
+    from qcore.graph.io import load_model
+
+    for step in wanted:
+        if step.teacher is not None:
+            load_model(Path(step.teacher))
+    if find_spec("torch") is None:
+        raise ConfigError(_NO_TORCH)
+    from qcore.training.processes import join
+
+    folder = next(p for p in out.resolve().parents if p.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".qcore-"):
+            pass
+    except OSError as e:
+        raise ConfigError(f"output {out} cannot be written: {e.strerror}; pass another path") from e
+    join(device)
+
+
 def school_of(raw: bytes, training: Training, *, out: Path, folder: Path) -> School:
     """Return what gives each training step of a recipe its samples and its teacher.
 
@@ -77,7 +109,7 @@ def school_of(raw: bytes, training: Training, *, out: Path, folder: Path) -> Sch
     from qcore.trials import source_sha256
 
     if find_spec("torch") is None:
-        raise ConfigError("training needs torch, which is not installed; run `pip install -c constraints.txt .[train]`")
+        raise ConfigError(_NO_TORCH)
     feed = _feed(raw)
 
     def school(step: "TRAINING", position: int) -> "Schooling":

@@ -27,6 +27,11 @@ def save_checkpoint(path: Path, key: Digest, state: State) -> None:
     write_atomic(path, buffer.getvalue())
 
 
+def not_a_checkpoint(path: Path, why: Exception) -> ConfigError:
+    """Return the refusal of a file that cannot be gone on from."""
+    return ConfigError(f"{path} is not a checkpoint of qcore ({type(why).__name__}); delete it and start again")
+
+
 def load_checkpoint(path: Path, key: Digest) -> State | None:
     """Return the state that `save_checkpoint` wrote for `key`; None where there is none, or one of another run.
 
@@ -38,6 +43,6 @@ def load_checkpoint(path: Path, key: Digest) -> State | None:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         mine = found["key"] == key
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as e:
-        raise ConfigError(f"{path} is not a checkpoint of qcore ({type(e).__name__}); delete it and start again") from e
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, IndexError, pickle.UnpicklingError) as e:
+        raise not_a_checkpoint(path, e) from e
     return found["state"] if mine else None

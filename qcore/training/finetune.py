@@ -44,7 +44,7 @@ from qcore.training.fake_quant import quantizers_of
 from qcore.training.kept import KeptClusters, kept_structure
 from qcore.training.loop import Assignment, Journey, Trained, train
 from qcore.training.objective import Objective, is_distribution
-from qcore.training.processes import Processes, join
+from qcore.training.processes import Processes, join, refuse_other_models
 from qcore.training.sparsify import Sparse, SparsifiedWeights, sparse_weights, steps_until_whole
 from qcore.training.teacher import teach_of
 from qcore.training.weights import trainable_names, with_values
@@ -123,6 +123,7 @@ def finetune(model: ir.Model, original: ir.Model, step: FinetuneStep, schooling:
     if not names:
         raise ModelError("the model has no float weights to train; train before it is quantized")
     constants = editable_copy(model).graph.initializers
+    _refuse_other_floats(names, constants)
     kept = _kept({n: constant_array(constants.get(n)) for n in names}, step)
     sparse: dict[str, Sparse] = {}
     skipped: tuple[Skipped, ...] = ()
@@ -204,6 +205,16 @@ def quantization_aware(
         changed=tuple(la.node for la in fake.layers),
     )
     return _lessons(rewrite, trained, schooling)
+
+
+def _refuse_other_floats(names: Collection[str], constants: Mapping[str, ir.Value]) -> None:
+    for name in names:
+        array = constant_array(constants.get(name))
+        if array is not None and array.dtype != np.float32:
+            raise ModelError(
+                f"weight {name!r} is {array.dtype}; allowed for training: float32; train before weights become "
+                "shorter, or export the model in float32"
+            )
 
 
 def _unfolded(
@@ -288,8 +299,10 @@ def _trained(
 ) -> Trained:
     step, extras = how
     teach = teach_of(known.teacher, known.start, step.features)
+    _refuse_other_sizes(student, teach, schooling)
     objective = _objective(teach, str(known.start.graph.outputs[0].name), (step, extras.itself), schooling)
     processes = join(schooling.device)
+    refuse_other_models(known.key, processes)
     learn = _course(teach if objective.needs_teacher else None, step, schooling, processes)
     learn = replace(learn, whole=extras.whole)
     task = Assignment(
@@ -318,6 +331,19 @@ def _trained(
     return train(student, groups, task)
 
 
+def _refuse_other_sizes(student: Executor, teach: Teach, schooling: Schooling) -> None:
+    """Refuse a teacher whose outputs or features have other sizes than the student's: broadcasting is no lesson."""
+    x, _ = schooling.feed(schooling.judge, np.arange(1))
+    with torch.no_grad():
+        ours = student.eval()({name: torch.from_numpy(v) for name, v in x.items()})
+    for name, made in teach(x).items():
+        if tuple(ours[name].shape[1:]) != made.shape[1:]:
+            raise ModelError(
+                f"{name!r} of the teacher has size {made.shape[1:]}, the student's {tuple(ours[name].shape[1:])}; "
+                "allowed: the same; pass another teacher, or other features"
+            )
+
+
 def _first_whole(sparsified: SparsifiedWeights, epochs: int, steps: int) -> int:
     """Return the number of the first epoch at whose end all weights are zero that shall be."""
     return steps_until_whole(sparsified.step, epochs * steps) // steps + 1
@@ -343,17 +369,23 @@ def _objective(teach: Teach, output: str, how: tuple[TrainingStep, bool], school
     (step, itself), data = how, schooling.learn.data
     x, _ = schooling.feed(schooling.judge, np.arange(min(_LOOKED_AT, schooling.judge.n)))
     made = teach(x)
+    floats = tuple(k for k, v in made.items() if v.dtype.kind == "f" and k not in step.features)
+    if not floats:
+        raise ModelError(f"output {output!r} holds {made[output].dtype}, which teaches nothing; allowed: float outputs")
     first = torch.from_numpy(np.asarray(made[output], np.float32))
-    classes = data.card.task == "classification" and first.dim() > 1 and first.numel() > len(first)
+    classes = output in floats and data.card.task == "classification" and first.dim() > 1 and first.numel() > len(first)
     share = _teachers_share(step, schooling, classes, itself)
     if share < 1:
-        _refuse_other_labels(data, first.numel() // len(first))
+        for split in (data, schooling.judge.data):
+            _refuse_other_labels(split, first.numel() // len(first))
     return Objective(
         output=output if classes else None,
         distribution=classes and is_distribution(first.reshape(len(first), -1)),
         teacher_weight=share,
         temperature=step.temperature,
         features=step.features,
+        others=tuple(k for k in floats if k != output) if classes else (),
+        compared=floats,
         power={name: float(np.mean(np.square(v, dtype=np.float64))) for name, v in made.items()},
     )
 

@@ -16,7 +16,7 @@ import torch
 from qcore.canonical import Digest
 from qcore.errors import ModelError
 from qcore.methods.finetune import Epoch, TrainingStep
-from qcore.training.checkpoint import State, load_checkpoint, save_checkpoint
+from qcore.training.checkpoint import State, load_checkpoint, not_a_checkpoint, save_checkpoint
 from qcore.training.course import Arrays, Course, Lesson, ask_teacher, exam, lessons
 from qcore.training.executor import Executor
 from qcore.training.objective import Objective, loss_of
@@ -106,7 +106,10 @@ def _trained(student: Executor, groups: list[dict[str, Any]], task: Assignment) 
     run = _Run(task=task, student=student, optimizer=_optimizer(step, groups), average={}, rates=rates)
     saved = _found(task)
     if saved is not None:
-        _resume(run, saved)
+        try:
+            _resume(run, saved)
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as e:  # of another shape
+            raise not_a_checkpoint(journey.checkpoint or Path(), e) from e
         journey.told("going on behind epoch", len(run.epochs) - 1, step.epochs)
     if _goes_on(run):
         ask_teacher(task.judge, lambda done, n: journey.told("asking the teacher, validation", done, n))

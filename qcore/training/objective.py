@@ -17,7 +17,8 @@ _SUM_TOLERANCE = 1e-3
 class Objective:
     """A loss: `teacher_weight` of the teacher's outputs and the rest of labels, and as much of `features` on top.
 
-    `output` is the output that is compared, None for all of them by squared error (no classes). `distribution` says
+    `output` is the output that is compared, None for those `compared` (or all) by squared error. `others` are
+    outputs beside `output`, which labels say nothing of: they shall be what the teacher's are. `distribution` says
     that it holds probabilities and not logits. Squared errors are shares of `power`, the mean square of what the
     teacher makes, by name: a fixed number, so that the loss of a batch is the mean over its samples, however divided.
     """
@@ -27,12 +28,14 @@ class Objective:
     teacher_weight: float
     temperature: float
     features: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     power: Mapping[str, float] = field(default_factory=dict)
+    compared: tuple[str, ...] = ()
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the float model must run."""
-        return self.teacher_weight > 0 or bool(self.features)
+        return self.teacher_weight > 0 or bool(self.features) or bool(self.others)
 
 
 def loss_of(
@@ -48,7 +51,8 @@ def loss_of(
     """
     parts = []
     if objective.output is None:
-        parts = [_squared(objective, k, made, teacher) for k in teacher if k not in objective.features]
+        outputs = objective.compared or tuple(k for k in teacher if k not in objective.features)
+        parts = [_squared(objective, k, made, teacher) for k in outputs]
     else:
         logits = _logits(made[objective.output], objective)
         if objective.teacher_weight > 0:
@@ -56,7 +60,7 @@ def loss_of(
             parts.append(objective.teacher_weight * divergence(soft, logits, objective.temperature))
         if objective.teacher_weight < 1 and y is not None:
             parts.append((1 - objective.teacher_weight) * functional.cross_entropy(logits, y))
-    parts += [_squared(objective, k, made, teacher) for k in objective.features]
+    parts += [_squared(objective, k, made, teacher) for k in (*objective.others, *objective.features)]
     return torch.stack([p.float() for p in parts]).sum()
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from qcore.errors import ConfigError
+from qcore.canonical import Digest
+from qcore.errors import ConfigError, ModelError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +57,23 @@ def of_first(value: Any, processes: Processes) -> Any:
     box = [value]
     distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def refuse_other_models(key: Digest, processes: Processes) -> None:
+    """Refuse to train where processes do not hold the same model.
+
+    Raises:
+        ModelError: they do not, as where each measured latencies by its own clock.
+    """
+    if processes.world == 1:
+        return
+    keys: list[Digest] = [""] * processes.world
+    distributed.all_gather_object(keys, key)
+    if len(set(keys)) > 1:
+        raise ModelError(
+            "the processes made different models before training, as a budget of latency can bring about; allowed: the "
+            "same; make the model smaller in one process, then train it in several"
+        )
 
 
 def add_gradients(parameters: list[torch.nn.Parameter], processes: Processes) -> None:

@@ -123,7 +123,7 @@ def _wanted(graph: ir.Graph, intermediates: Collection[str]) -> list[ir.Value]:
     if missing:
         raise ModelError(
             f"the graph has no value called {missing[0]!r}; allowed: names of its inputs, initializers and node "
-            "outputs; look for them with `qcore inspect`"
+            "outputs, as `qcore layers` lists them"
         )
     return list(dict.fromkeys([*graph.outputs, *(values[name] for name in intermediates)]))
 

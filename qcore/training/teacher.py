@@ -28,7 +28,7 @@ def teach_of(teacher: ir.Model, student: ir.Model, features: Sequence[str]) -> T
     Raises:
         ModelError: inputs, outputs or their sizes differ, or the teacher has no tensor that `features` names.
     """
-    inputs = _paired("inputs", student.graph.inputs, teacher.graph.inputs)
+    inputs = _paired("inputs", _fed(student), _fed(teacher))
     outputs = _paired("outputs", student.graph.outputs, teacher.graph.outputs)
     known = {str(o.name) for n in teacher.graph for o in n.outputs} | {str(v.name) for v in teacher.graph.inputs}
     for name in features:
@@ -43,6 +43,11 @@ def teach_of(teacher: ir.Model, student: ir.Model, features: Sequence[str]) -> T
         return {**{ours: made[theirs] for ours, theirs in outputs.items()}, **{name: made[name] for name in features}}
 
     return teach
+
+
+def _fed(model: ir.Model) -> list[ir.Value]:
+    """Return the inputs of `model` that are no weights: old files list those too."""
+    return [v for v in model.graph.inputs if not v.is_initializer()]
 
 
 def _paired(what: str, ours: Sequence[ir.Value], theirs: Sequence[ir.Value]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from learning import CARD, blobs, small_net, write_blobs
 from models import model_of, save
@@ -425,3 +426,104 @@ def test_without_splits_of_their_own_one_sample_in_ten_judges(folder: Folder, ca
     _, made = folder.compress(small_net(), FINETUNE)
     assert trained_one(made).samples == 231
     assert "blobs has no split 'train': 256 samples of 'calibration' are learnt from" in caplog.text
+
+
+def two_outputs(**extra: str) -> onnx.ModelProto:
+    """Return a net whose class scores `y` come with a second output `z` of the same features."""
+    proto = small_net()
+    w = np.random.default_rng(5).standard_normal((2, 4)).astype(np.float32)
+    proto.graph.initializer.append(numpy_helper.from_array(w, "wz"))
+    proto.graph.node.append(helper.make_node("Gemm", ["f", "wz"], ["z"], name="second", transB=1))
+    proto.graph.output.append(helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, ["N", 2]))
+    return proto
+
+
+def test_outputs_beside_the_classes_stay_what_they_are(folder: Folder) -> None:
+    proto = two_outputs()
+    after, made = folder.compress(proto, FINETUNE.replace("epochs: 2", "epochs: 30"))
+    trained_one(made)
+    x = blobs()[0]
+    before, now = (onnx_run(p, x)["z"] for p in (proto, after))
+    assert np.square(now - before).mean() < 0.05 * np.square(before).mean()
+    assert not np.array_equal(constants(after)["w"], constants(proto)["w"])
+
+
+def onnx_run(proto: onnx.ModelProto, x: np.ndarray) -> dict[str, np.ndarray]:
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, {"x": x}), strict=True))
+
+
+def test_a_state_that_is_an_input_is_refused_and_stays(folder: Folder) -> None:
+    teacher = save(small_net(), folder.folder / "data" / "t")
+    model = save(small_net(), folder.folder / "out.onnx.0.checkpoint")
+    before = model.read_bytes()
+    with pytest.raises(ConfigError, match="is also an input; inputs are never changed"):
+        steps.finetune(
+            model=model,
+            data=folder.card,
+            out=folder.folder / "out.onnx",
+            how=steps.Finetuning(method="distill", teacher=str(teacher), epochs=1),
+            device="cpu",
+        )
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64])
+def test_weights_of_other_floats_are_refused_by_name(kind: type, folder: Folder) -> None:
+    rng = np.random.default_rng(0)
+    onnx_kind = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    nodes = [
+        helper.make_node(
+            "Cast",
+            [
+                "x",
+            ],
+            ["h"],
+            name="there",
+            to=onnx_kind,
+        ),
+        helper.make_node("Flatten", ["h"], ["f"], name="flat"),
+        helper.make_node("MatMul", ["f", "w"], ["m"], name="fc"),
+        helper.make_node("Cast", ["m"], ["y"], name="back", to=onnx.TensorProto.FLOAT),
+    ]
+    weights = {"w": rng.standard_normal((36, 3)).astype(kind)}
+    proto = model_of(nodes, weights, inputs={"x": ["N", 1, 6, 6]}, outputs={"y": ["N", 3]})
+    says = f"weight 'w' is {np.dtype(kind).name}; allowed for training: float32"
+    refused(folder, ModelError, says, FINETUNE, proto=proto)
+
+
+def test_labels_of_the_validation_split_are_looked_at(folder: Folder) -> None:
+    x, y = (np.load(folder.card.parent / "blobs.npz")[k] for k in "xy")
+    y[200] = 99
+    np.savez(folder.card.parent / "blobs.npz", x=x, y=y)
+    refused(folder, ModelError, "split 'validation' of blobs has class 99", FINETUNE)
+
+
+def test_a_teacher_of_unknown_shape_is_measured(folder: Folder) -> None:
+    proto = wide()
+    for dimension in proto.graph.output[0].type.tensor_type.shape.dim:
+        dimension.dim_param = "K"
+    path = save(proto, folder.folder / "data" / "t.onnx")
+    says = r"'y' of the teacher has size \(4,\), the student's \(3,\); allowed: the same"
+    refused(folder, ModelError, says, f"method: finetune, epochs: 1, teacher: {path}")
+
+
+@pytest.mark.parametrize("recipe", ["method: prune, exclude: [nowhere]", "method: prune-channels, exclude: [nowhere]"])
+def test_layers_that_do_not_exist_cannot_be_excluded(recipe: str, folder: Folder) -> None:
+    refused(folder, ModelError, "exclude names node 'nowhere', which does not exist", recipe, FINETUNE)
+
+
+@pytest.mark.parametrize(
+    ("out", "says"), [("/proc/x.onnx", "output /proc/x.onnx cannot be written"), ("n" * 250, "File name too long")]
+)
+def test_what_cannot_be_written_is_refused_before_anything_runs(out: str, says: str, folder: Folder) -> None:
+    model = save(small_net(), folder.folder / "m.onnx")
+    with pytest.raises(QcoreError, match=says):
+        steps.finetune(
+            model=model,
+            data=folder.card,
+            out=folder.folder / out,
+            how=steps.Finetuning(method="finetune", epochs=1),
+            device="cpu",
+            on_epoch=lambda epoch: pytest.fail("it trained"),
+        )
