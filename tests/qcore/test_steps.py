@@ -187,7 +187,7 @@ def test_models_with_a_fixed_batch_are_calibrated_and_evaluated(tmp_path):
         (
             {"recipe": "int9"},
             ConfigError,
-            "recipe 'int9' does not exist; allowed: channels60, cluster16, decomposed50, float16, int2-weights",
+            "recipe 'int9' does not exist; allowed: channels60, channels60-tuned, cluster16, ",
         ),
         ({"target": "tpu"}, ConfigError, "target 'tpu' does not exist; allowed: arm-dotprod"),
     ],
