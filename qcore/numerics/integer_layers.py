@@ -88,9 +88,9 @@ def conv_sums(x: Stored, w: Stored, geometry: Geometry, groups: int, *, saturate
 def lost_in_pairs(a: Integers, b: Integers) -> Sums:
     """Return what `a @ b` changes by, (m, n), where sums of two neighbouring products saturate in 16 bits.
 
-    `pmaddubsw` multiplies uint8 by int8, adds the products 0 and 1, 2 and 3 ... along k and saturates each sum at int16;
-    an odd k is filled with zeros. That is what x86 kernels do that have no VNNI. The integers go in as stored, zero
-    points included; those are corrected for afterwards, in 32 bits. int8 activations are moved up by 128 first.
+    `pmaddubsw` multiplies uint8 by int8, adds the products 0 and 1, 2 and 3 ... along k and saturates each sum at
+    int16; an odd k is filled with zeros. That is what x86 kernels do that have no VNNI. The integers go in as stored,
+    zero points included; those are corrected for afterwards, in 32 bits. int8 activations are moved up by 128 first.
 
     The order of k is that of ONNX Runtime 1.32's AVX2 kernels, to the bit (docs/benchmarks.md); other kernels may pair
     other products, and then lose other sums of about the same size.

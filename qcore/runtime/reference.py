@@ -66,8 +66,9 @@ def load_reference(model: bytes, *, name: str = "model", saturate_pairs: bool = 
     Args:
         model: the bytes of an ONNX file, quantized in QDQ or operator form; a float model runs node by node.
         name: what messages call it.
-        saturate_pairs: constant int8 weights meet uint8 activations as `qcore.numerics.integer_layers.lost_in_pairs`
-            says. int8 activations of QDQ files do, too: on x86 ONNX Runtime moves them up by 128, to uint8.
+        saturate_pairs: where constant int8 weights meet uint8 activations, add as
+            `qcore.numerics.integer_layers.lost_in_pairs` says. So do layers between int8 DQ and Q: on x86 ONNX Runtime
+            moves their activations up by 128, to uint8 (where it can; elsewhere it computes in float and loses less).
 
     Raises:
         ModelError: the runtime cannot load it, or a node holds graphs.
@@ -77,8 +78,8 @@ def load_reference(model: bytes, *, name: str = "model", saturate_pairs: bool = 
     nested = [n for n in proto.graph.node if any(a.type in (a.GRAPH, a.GRAPHS) for a in n.attribute)]
     if nested:
         raise ModelError(
-            f"{name} has node {nested[0].name or nested[0].output[0]} ({nested[0].op_type}), which holds a graph of its "
-            "own; allowed here: plain nodes; export the model without control flow"
+            f"{name} has node {nested[0].name or nested[0].output[0]} ({nested[0].op_type}), which holds a graph of "
+            "its own; allowed here: plain nodes; export the model without control flow"
         )
     return replace(loaded, predict=_predict(proto, [o.name for o in loaded.outputs], saturate_pairs))
 
@@ -237,7 +238,7 @@ def _computed(
         return live[name] if name in live else constants[name]
 
     stored = [_stored(o, get) for o in (layer.x, layer.w)]
-    saturates = saturate_pairs and layer.w.values in constants and _meets_pairs(layer, *stored)
+    saturates = saturate_pairs and _meets_pairs(layer, *stored, constants)
     sums = _sums(layer, *stored, saturates)
     per_channel = (-1, *[1] * (sums.ndim - 2)) if layer.node.op_type in _CONVOLUTIONS else (-1,)
     if layer.x.scale is None or layer.w.scale is None:
@@ -266,10 +267,15 @@ def _stored(operand: Operand, get: Any) -> Stored:
     return Stored(values=values, zero=zero.reshape(()) if zero.size == 1 else zero)
 
 
-def _meets_pairs(layer: IntegerLayer, x: Stored, w: Stored) -> bool:
-    """Say whether x86 has a kernel of uint8 activations and int8 weights for the layer."""
-    plain = layer.node.op_type in _CONVOLUTIONS or w.values.ndim == 2
-    return plain and w.values.dtype == np.int8 and (x.values.dtype == np.uint8 or (layer.in_qdq and x.values.itemsize == 1))
+def _meets_pairs(layer: IntegerLayer, x: Stored, w: Stored, constants: Mapping[str, Array]) -> bool:
+    """Say whether ONNX Runtime runs the layer with uint8 activations and constant int8 weights on x86."""
+    if layer.w.values not in constants or w.values.dtype != np.int8:
+        return False
+    bias = None if layer.bias is None else constants.get(layer.bias.values)
+    if layer.node.op_type == "Gemm" and bias is not None and bias.dtype != np.int32:
+        return False  # it runs in float; float biases of Conv become integers
+    moved_up = x.values.dtype == np.int8 and layer.in_qdq and not layer.behind
+    return moved_up or x.values.dtype == np.uint8
 
 
 def _sums(layer: IntegerLayer, x: Stored, w: Stored, saturates: bool) -> Sums:
