@@ -5,6 +5,7 @@ integers, and wrapped to 32 bits as hardware does. Nothing here knows about grap
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -137,9 +138,10 @@ def _centred(x: Stored) -> NDArray[np.float64]:
     return x.values.astype(np.float64) - x.zero
 
 
-def _columns(w: NDArray[np.generic]) -> NDArray[np.generic]:
+def _columns(w: NDArray[Any]) -> NDArray[Any]:
     """Return weights (outputs, channels, *kernel) as (*kernel x channels, outputs)."""
-    return np.moveaxis(w, 1, -1).reshape(len(w), -1).T
+    columns: NDArray[Any] = np.moveaxis(w, 1, -1).reshape(len(w), -1).T
+    return columns
 
 
 def _wrapped(sums: Sums, *operands: Stored) -> Sums:

@@ -121,38 +121,39 @@ def _layer_of(unit: Unit, constants: Mapping[str, Array]) -> IntegerLayer | None
     chain = [n for n in unit.nodes if n.output[0] not in fed]
     if not chain or len(unit.writes) != 1:
         return None
-    node = chain[0]
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    names = [name or None for name in node.input] + [None] * 9
+    node, behind = chain[0], tuple(chain[1:])
+    if any(name in fed for n in behind for name in n.input):
+        return None  # bounds that are themselves quantized
+    if node.op_type in _QDQ:
+        return _between(node, behind, fed, constants)
+    i = [*(name or None for name in node.input), *[None] * 9]
     match node.op_type:
-        case "Conv" | "Gemm" | "MatMul":
-            return _between(node, attributes, chain[1:], fed, constants)
-        case "QLinearConv" | "QLinearMatMul" | "QGemm":
-            quantized = node.op_type != "QGemm"
-            x, w = _operand(*names[:3]), _operand(*names[3:6])
-            bias, out = (names[8], names[6:8]) if quantized else (names[6], names[7:9])
-            parts = (
-                None if bias is None else Operand(values=bias, scale=None, zero=None),
-                None if out[0] is None else _operand("", *out),
-            )
+        case "QLinearConv" | "QLinearMatMul":
+            x, w, out, bias = _operand(*i[:3]), _operand(*i[3:6]), _operand("", *i[6:8]), i[8]
+        case "QGemm":
+            x, w, out, bias = _operand(*i[:3]), _operand(*i[3:6]), _operand("", *i[7:9]), i[6]
         case "ConvInteger" | "MatMulInteger":
-            x, w = _operand(names[0], None, names[2]), _operand(names[1], None, names[3])
-            parts = (None, None)
+            x, w, out, bias = _operand(i[0], None, i[2]), _operand(i[1], None, i[3]), _operand("", None, None), None
         case _:
             return None
-    one_value = all(n is None or n not in constants or constants[n].size == 1 for n in (x.scale, x.zero))
-    layer = IntegerLayer(
+    one_of_each = all(n is None or n not in constants or constants[n].size == 1 for n in (x.scale, x.zero))
+    if not one_of_each or any(n.op_type not in ("Relu", "Clip") for n in behind):
+        return None
+    return IntegerLayer(
         node=node,
-        attributes=attributes,
+        attributes=_attributes(node),
         x=x,
         w=w,
-        bias=parts[0],
-        out=parts[1],
-        behind=tuple(chain[1:]),
+        bias=None if bias is None else _operand(bias, None, None),
+        out=None if out.scale is None else out,
+        behind=behind,
         in_qdq=False,
         writes=unit.writes[0],
     )
-    return layer if one_value and _trailing_runs(layer) else None
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
 def _operand(values: str | None, scale: str | None, zero: str | None) -> Operand:
@@ -161,28 +162,27 @@ def _operand(values: str | None, scale: str | None, zero: str | None) -> Operand
 
 def _between(
     node: onnx.NodeProto,
-    attributes: Mapping[str, Any],
-    behind: list[onnx.NodeProto],
+    behind: tuple[onnx.NodeProto, ...],
     fed: Mapping[str, onnx.NodeProto],
     constants: Mapping[str, Array],
 ) -> IntegerLayer | None:
     """Return a Conv, Gemm or MatMul between DQs and a Q as a layer, or None where it is not one."""
+    attributes = _attributes(node)
     x, w = (_dequantized(fed.get(name), constants) for name in node.input[:2])
     if x is None or w is None or constants[x.scale or ""].size != 1:
         return None
-    transposed = attributes.get("transB", 0)
-    channel_axis = 0 if node.op_type == "Conv" or transposed else -1
+    channel_axis = 0 if node.op_type == "Conv" or attributes.get("transB", 0) else -1
     if not _along(fed[node.input[1]], channel_axis, constants):
         return None
-    if node.op_type == "Gemm" and (attributes.get("alpha", 1.0), attributes.get("beta", 1.0)) != (1.0, 1.0):
+    if (attributes.get("alpha", 1.0), attributes.get("beta", 1.0)) != (1.0, 1.0):
         return None
-    bias_name = node.input[2] if len(node.input) > 2 and node.input[2] else None
-    bias = None if bias_name is None else _dequantized(fed.get(bias_name), constants)
-    if bias_name is not None and bias is None:
-        bias = Operand(values=bias_name, scale=None, zero=None)  # real numbers
-    *between, last = behind or [None]
-    out = None if last is None or last.op_type != "QuantizeLinear" else _quantizer(last, constants)
-    if out is None and (node.op_type == "Conv" or any(n.op_type == "QuantizeLinear" for n in behind)):
+    bias = None
+    if len(node.input) > 2 and node.input[2]:
+        real = _operand(node.input[2], None, None)
+        bias = _dequantized(fed.get(node.input[2]), constants) or real
+    quantizes = bool(behind) and behind[-1].op_type == "QuantizeLinear"
+    out = _quantizer(behind[-1], constants) if quantizes else None
+    if out is None and (quantizes or node.op_type == "Conv"):
         return None
     return IntegerLayer(
         node=node,
@@ -191,7 +191,7 @@ def _between(
         w=w,
         bias=bias,
         out=out,
-        behind=tuple(n for n in (behind if out is None else between) if n is not None),
+        behind=behind[:-1] if quantizes else behind,
         in_qdq=True,
         writes=(behind[-1] if behind else node).output[0],
     )
@@ -214,7 +214,7 @@ def _along(node: onnx.NodeProto, channel_axis: int, constants: Mapping[str, Arra
     stored = constants.get(node.input[0])
     if scale.size == 1 or stored is None:
         return scale.size == 1
-    return attributes.get("axis", 1) % stored.ndim == channel_axis % stored.ndim
+    return bool(attributes.get("axis", 1) % stored.ndim == channel_axis % stored.ndim)
 
 
 def _quantizer(node: onnx.NodeProto, constants: Mapping[str, Array]) -> Operand | None:
@@ -225,10 +225,6 @@ def _quantizer(node: onnx.NodeProto, constants: Mapping[str, Array]) -> Operand 
     return _operand("", node.input[1], node.input[2]) if known else None
 
 
-def _trailing_runs(layer: IntegerLayer) -> bool:
-    return all(n.op_type in ("Relu", "Clip") for n in layer.behind)
-
-
 def _computed(
     layer: IntegerLayer, live: Mapping[str, Array], constants: Mapping[str, Array], saturate_pairs: bool
 ) -> Array:
@@ -237,9 +233,8 @@ def _computed(
     def get(name: str) -> Array:
         return live[name] if name in live else constants[name]
 
-    stored = [_stored(o, get) for o in (layer.x, layer.w)]
-    saturates = saturate_pairs and _meets_pairs(layer, *stored, constants)
-    sums = _sums(layer, *stored, saturates)
+    x, w = _stored(layer.x, get), _stored(layer.w, get)
+    sums = _sums(layer, x, w, saturate_pairs and _meets_pairs(layer, x, w, constants))
     per_channel = (-1, *[1] * (sums.ndim - 2)) if layer.node.op_type in _CONVOLUTIONS else (-1,)
     if layer.x.scale is None or layer.w.scale is None:
         return _followed(layer.behind, sums.astype(np.int32), get)
@@ -249,7 +244,7 @@ def _computed(
     if bias is not None:
         bias = bias.reshape(per_channel) if layer.node.op_type in _CONVOLUTIONS else bias
         if bias.dtype == np.int32 and _in_units_of(layer, scale, get):
-            sums = (sums + bias).astype(np.int32).astype(np.int64) if stored[0].values.itemsize == 1 else sums + bias
+            sums = (sums + bias).astype(np.int32).astype(np.int64) if x.values.itemsize == 1 else sums + bias
             bias = None
         elif bias.dtype == np.int32 and layer.bias is not None and layer.bias.scale is not None:
             bias = bias.astype(np.float32) * get(layer.bias.scale).reshape(per_channel)
@@ -270,6 +265,8 @@ def _stored(operand: Operand, get: Any) -> Stored:
 def _meets_pairs(layer: IntegerLayer, x: Stored, w: Stored, constants: Mapping[str, Array]) -> bool:
     """Say whether ONNX Runtime runs the layer with uint8 activations and constant int8 weights on x86."""
     if layer.w.values not in constants or w.values.dtype != np.int8:
+        return False
+    if layer.node.op_type not in _CONVOLUTIONS and w.values.ndim != 2:
         return False
     bias = None if layer.bias is None else constants.get(layer.bias.values)
     if layer.node.op_type == "Gemm" and bias is not None and bias.dtype != np.int32:

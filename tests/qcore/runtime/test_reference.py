@@ -167,6 +167,39 @@ def test_dynamic_quantization_runs_on_integers_and_saturates():
     assert np.abs(answers(pairs, x) - answers(plain, x)).max() > 1
 
 
+@pytest.mark.parametrize("weight", [(2, 4, 3), (4,), (4, 3)])
+def test_weights_of_any_rank_are_multiplied(weight):
+    rng = np.random.default_rng(0)
+    constants = {
+        "as": np.float32(0.1),
+        "az": np.uint8(9),
+        "b": rng.integers(-127, 128, weight).astype(np.int8),
+        "bs": np.float32(0.02),
+        "bz": np.int8(0),
+        "ys": np.float32(0.5),
+        "yz": np.uint8(100),
+    }
+    nodes = [
+        helper.make_node("DequantizeLinear", ["x", "as", "az"], ["a"]),
+        helper.make_node("DequantizeLinear", ["b", "bs", "bz"], ["w"]),
+        helper.make_node("MatMul", ["a", "w"], ["m"], name="mm"),
+        helper.make_node("QuantizeLinear", ["m", "ys", "yz"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, [2, 5, 4])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.UINT8, None)],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    raw, x = proto.SerializeToString(), {"x": rng.integers(0, 256, (2, 5, 4), dtype=np.uint8)}
+    assert len(integer_layers(proto)) == 1
+    want = load_as_written(raw).predict(x)["y"]
+    np.testing.assert_array_equal(load_reference(raw).predict(x)["y"], want)
+    assert load_reference(raw, saturate_pairs=True).predict(x)["y"].shape == want.shape
+
+
 def test_uint8_weights_and_signed_operators_do_not_saturate():
     x = samples(conv_net())
     for target, form in (("x86-avx2", "qdq"), ("npu-int8-symmetric", "qoperator")):
