@@ -22,7 +22,7 @@ PARITY_SCHEMA = "qcore.parity/1"
 AGREEMENT = 0.95
 SQNR_DB = 20.0
 """Below this share of equal predictions, or with noise of more than 1 % of the outputs' power, a condition is far.
-Roundings that fall on the other side alone left 0.97 and 25 dB or more (64 images, docs/benchmarks.md)."""
+Roundings that fall on the other side alone left 0.96 and 24 dB or more (64 images, docs/benchmarks.md)."""
 
 Verdict = Literal["equal", "near", "far"]
 Samples = Iterable[tuple[NDArray[np.int64], Tensors, NDArray[np.int64] | None]]
@@ -88,7 +88,8 @@ CONDITIONS: tuple[Condition, ...] = (
         meaning="sums of two uint8 x int8 products saturate in 16 bits: x86 CPUs without VNNI",
         remedy=(
             "for x86 without VNNI quantize with --target x86-avx2 (uint8 weights, whose kernel does not saturate) or "
-            "with `reduce_range: true` in the target profile (7-bit weights); else install it on CPUs with VNNI only"
+            "with `reduce_range: true` in the target profile (7-bit weights, which cost accuracy themselves); else "
+            "install it on CPUs with VNNI only"
         ),
     ),
 )
