@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from qcore.parity import ParityReport
 
 PARITY_SAMPLES = 64
-PARITY_BATCH = 8
+PARITY_BATCH = 1
+"""More is a tenth faster and takes twice the memory (MobileNetV2: 231 MiB with 1, 542 with 8)."""
 
 
 def parity(
