@@ -6,7 +6,7 @@ each layer anew would cost one per layer. A unit is a node with the DequantizeLi
 activation and QuantizeLinear behind it, so what is kept between units are integers, a byte per value.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +57,7 @@ def start_walk(model: onnx.ModelProto, batches: Sequence[Mapping[str, Array]]) -
     """
     constants: dict[str, Array] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     makers = {o: n for n in model.graph.node for o in n.output if o}
-    units = _units(model.graph, constants.keys(), makers)
+    units = units_of(model.graph)
     return Walk(
         model=model,
         constants=constants,
@@ -91,7 +91,10 @@ def inputs_of(walk: Walk, layer: str) -> Iterator[Array]:
         yield (stored.astype(np.float32) - zero) * scale
 
 
-def _units(graph: onnx.GraphProto, constants: Collection[str], makers: Mapping[str, onnx.NodeProto]) -> list[Unit]:
+def units_of(graph: onnx.GraphProto) -> list[Unit]:
+    """Return the units of `graph` in its order; together they hold every node that anything reads."""
+    constants = {t.name for t in graph.initializer}
+    makers = {o: n for n in graph.node for o in n.output if o}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -135,16 +138,7 @@ def _chain(
 
 def _run_unit(walk: Walk) -> None:
     unit = walk.units[walk.position]
-    needed = dict.fromkeys(i for n in unit.nodes for i in n.input if i in walk.constants)
-    graph = onnx.helper.make_graph(
-        list(unit.nodes),
-        "unit",
-        [_port(name, walk.tensors[name][0]) for name in unit.reads],
-        [onnx.ValueInfoProto(name=name) for name in unit.writes],
-        [numpy_helper.from_array(walk.constants[name], name) for name in needed],
-    )
-    proto = onnx.helper.make_model(graph, opset_imports=walk.model.opset_import, ir_version=walk.model.ir_version)
-    predict = load_as_written(proto.SerializeToString(), name=f"node {unit.nodes[-1].name}").predict
+    predict = load_unit(walk.model, unit, walk.constants, {n: walk.tensors[n][0] for n in unit.reads})
     if unit.reads:
         made = [predict({n: walk.tensors[n][k] for n in unit.reads}) for k in range(len(walk.tensors[unit.reads[0]]))]
         walk.tensors.update({name: [m[name] for m in made] for name in unit.writes})
@@ -154,6 +148,33 @@ def _run_unit(walk: Walk) -> None:
         if walk.last_use[name] == walk.position:
             del walk.tensors[name]
     walk.position += 1
+
+
+def load_unit(
+    model: onnx.ModelProto, unit: Unit, constants: Mapping[str, Array], fed: Mapping[str, Array], *, threads: int = 0
+) -> Predict:
+    """Return the function that runs `unit` of `model` as it is written.
+
+    Args:
+        model: the whole graph; only read.
+        unit: of that graph.
+        constants: by name; those that the unit does not read do no harm.
+        fed: an example of what it reads, for the dtypes.
+        threads: as in `load_as_written`.
+
+    Raises:
+        ModelError: the runtime cannot load it.
+    """
+    needed = dict.fromkeys(i for n in unit.nodes for i in n.input if i in constants)
+    graph = onnx.helper.make_graph(
+        list(unit.nodes),
+        "unit",
+        [_port(name, fed[name]) for name in unit.reads if name not in constants],
+        [onnx.ValueInfoProto(name=name) for name in unit.writes],
+        [numpy_helper.from_array(constants[name], name) for name in needed],
+    )
+    proto = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    return load_as_written(proto.SerializeToString(), name=f"node {unit.nodes[-1].name}", threads=threads).predict
 
 
 def _port(name: str, value: Array) -> onnx.ValueInfoProto:

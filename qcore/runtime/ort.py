@@ -131,6 +131,14 @@ def load_as_written(model: bytes, *, name: str = "model", threads: int = 0) -> L
     return _loaded(_session(model, name, _options(threads, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)), name)
 
 
+def load_basic(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded:
+    """Return `model` ready to run with the optimizations that every provider gets: no fused integer kernel.
+
+    Constants are folded and nodes without effect dropped. Arguments and errors are those of `load`.
+    """
+    return _loaded(_session(model, name, _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_BASIC)), name)
+
+
 def load_unfused(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded:
     """Return `model` with float optimizations, but every QuantizeLinear and DequantizeLinear where it is written.
 

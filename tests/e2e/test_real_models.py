@@ -60,3 +60,21 @@ def test_a_few_float_layers_bring_back_what_one_scale_per_tensor_loses(bench, tm
     assert out.stat().st_size < 0.4 * model.stat().st_size
     report = steps.evaluate(candidate=out, baseline=model, data=data, out=tmp_path / "report.json")
     assert report.metrics["top1_delta"] == -search.chosen.trial.error >= -0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "agreement"), [("x86-vnni", 0.85), ("x86-avx2", None)])
+def test_what_a_cpu_without_vnni_makes_of_a_file(bench, tmp_path, target, agreement):
+    """ResNet8-large for x86-vnni agrees with itself on 49 of 64 images there; for x86-avx2 nothing saturates."""
+    model, data, out = bench / "models/resnet8large_cifar10.onnx", bench / "cifar10.yaml", tmp_path / "q.onnx"
+    steps.compress(model=model, data=data, out=out, target=target)
+    report = steps.parity(model=out, data=data, out=tmp_path / "parity.json")
+    found = {c.name: c for c in report.conditions}
+    assert found["exact-integers"].agreement >= 0.98
+    if agreement is None:
+        assert found["saturating-pairs"].sqnr_db == found["exact-integers"].sqnr_db
+        assert all(c.verdict != "far" for c in report.conditions)
+    else:
+        assert report.worst.name == "saturating-pairs"
+        assert report.worst.agreement < agreement
+        assert report.worst.top1 < report.top1 - 0.1
