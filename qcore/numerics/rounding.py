@@ -40,9 +40,17 @@ def round_second_order(weights: Matrix, metric: Matrix, scale: Matrix, levels: t
     for start in range(0, outputs, step):  # outputs do not touch each other: scratch memory stays bounded
         part = slice(start, start + step)
         w = np.take_along_axis(weights[:, part], order[:, None, :], axis=2) / scale[:, part, None]
-        q = _descend(w, h, _propagate(w, factor, levels), levels)
+        q, plain = _descend(w, h, _propagate(w, factor, levels), levels), np.clip(np.rint(w), *levels)
+        # What is passed on can end in a worse valley than nothing: rarely, with few inputs.
+        q = np.where((_lost(w, plain, h) < _lost(w, q, h))[:, :, None], plain, q)
         np.put_along_axis(result[:, part], np.broadcast_to(order[:, None, :], q.shape), q, axis=2)
     return result
+
+
+def _lost(w: Matrix, q: Matrix, h: Matrix) -> Matrix:
+    """Return the objective of each output, (groups, outputs)."""
+    d = w - q
+    return np.asarray(((d @ h) * d).sum(axis=2))
 
 
 def _propagate(w: Matrix, factor: Matrix, levels: tuple[int, int]) -> Matrix:
