@@ -32,7 +32,6 @@ def cluster(
         result = steps.cluster(model=Path(model.path), out=Path(clustered.path), clusters=clusters)
         write_json(Path(summary.path), result.to_json())
         clustered.metadata.update(file_facts(Path(clustered.path), "onnx"))
-        packed = {} if result.packed_bytes is None else {"packed_bytes": result.packed_bytes}
-        t.metrics({"size_bytes": result.size_bytes, **packed})
+        t.metrics(result.sizes)
         t.tags({"model.sha256": result.sha256})
         t.artifact(Path(summary.path), name="summary.json")

@@ -54,7 +54,6 @@ def compress(
         )
         write_json(Path(summary.path), made.to_json())
         compressed.metadata.update(file_facts(Path(compressed.path), "onnx"))
-        packed = {} if made.packed_bytes is None else {"packed_bytes": made.packed_bytes}
-        t.metrics({"size_bytes": made.size_bytes, **packed, **training_facts(made.to_json())}, kfp=metrics)
+        t.metrics({**made.sizes, **training_facts(made.to_json())}, kfp=metrics)
         t.tags({"model.sha256": made.sha256})
         t.artifact(Path(summary.path), name="summary.json")

@@ -49,6 +49,6 @@ def decompose(
         )
         write_json(Path(summary.path), result.to_json())
         decomposed.metadata.update(file_facts(Path(decomposed.path), "onnx"))
-        t.metrics({"size_bytes": result.size_bytes})
+        t.metrics(result.sizes)
         t.tags({"model.sha256": result.sha256})
         t.artifact(Path(summary.path), name="summary.json")

@@ -18,8 +18,8 @@ def finetune(
     method: str = "qat",
     target: str = "x86-avx2",
     weight_bits: int = 0,
-    epochs: int = 10,
-    batch: int = 64,
+    epochs: int = 0,
+    batch: int = 0,
     learning_rate: Optional[float] = None,
     sparsity: Optional[float] = None,
     pattern: Optional[str] = None,
@@ -50,8 +50,8 @@ def finetune(
             teacher) or finetune (as it is; zeros stay zero).
         target: Target profile of qat, or path to a profile file in the image.
         weight_bits: Bits of weights for qat. 0: those of the target.
-        epochs: How often every sample is learnt from.
-        batch: Samples per step.
+        epochs: How often every sample is learnt from. 0: the default of the method.
+        batch: Samples per step. 0: 64.
         learning_rate: Relative to the size of each tensor; without it the default of the method.
         sparsity: Share of all weights that prune sets to zero, in (0, 1); 0.5 without it and `pattern`.
         pattern: N:M such as 2:4 for prune, instead: N of every M weights along a layer's inputs stay.
@@ -59,7 +59,7 @@ def finetune(
         schedule: How the number of zeros of prune grows, polynomial or constant; without it polynomial.
         clusters: Distinct values of every layer's weights for cluster, 2 to 256. 0: 16.
         macs: Share of the multiply-accumulates to keep for channels and decompose, in (0, 1); without any budget 0.6
-            and 0.5.
+            (and 0.75 of the latency) and 0.5.
         size: Share of the file size to keep for channels, of the weights for decompose; decompose takes one budget.
         latency: Share of the latency to keep for channels, measured on the machine that runs the component.
         teacher_weight: The teacher's share of the loss, in [0, 1]; without it 0.5, with few labels or none 1.
@@ -77,9 +77,9 @@ def finetune(
     from qcore.tracking.tracker import Tracker
 
     with Tracker("finetune") as t:
-        school = {"epochs": epochs, "batch": batch, "learning_rate": learning_rate, "patience": patience or None}
+        school = {"epochs": epochs or None, "batch": batch or None, "learning_rate": learning_rate}
         teachers = {"teacher": teacher.path if teacher else None, "teacher_weight": teacher_weight}
-        images = {"pad_crop": pad_crop or None, "flip": flip, "seed": seed or None}
+        images = {"pad_crop": pad_crop or None, "flip": flip, "seed": seed or None, "patience": patience or None}
         zeros = {"sparsity": sparsity, "pattern": pattern, "score": score, "schedule": schedule}
         whole = {"weight_bits": weight_bits or None, "clusters": clusters or None}
         budget = {"macs": macs, "size": size, "latency": latency}
@@ -90,7 +90,6 @@ def finetune(
         made = steps.finetune(model=old, data=Path(data.path), out=out, how=how, progress=t.progress, on_epoch=t.epoch)
         write_json(Path(summary.path), made.to_json())
         trained.metadata.update(file_facts(out, "onnx"))
-        packed = {} if made.packed_bytes is None else {"packed_bytes": made.packed_bytes}
-        t.metrics({"size_bytes": made.size_bytes, **packed, **training_facts(made.to_json())}, kfp=metrics)
+        t.metrics({**made.sizes, **training_facts(made.to_json())}, kfp=metrics)
         t.tags({"model.sha256": made.sha256})
         t.artifact(Path(summary.path), name="summary.json")

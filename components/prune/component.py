@@ -41,7 +41,6 @@ def prune(
         write_json(Path(summary.path), result.to_json())
         pruned.metadata.update(file_facts(Path(pruned.path), "onnx"))
         t.params(zeros, on="parent")
-        packed = {} if result.packed_bytes is None else {"packed_bytes": result.packed_bytes}
-        t.metrics({"size_bytes": result.size_bytes, **packed})
+        t.metrics(result.sizes)
         t.tags({"model.sha256": result.sha256})
         t.artifact(Path(summary.path), name="summary.json")

@@ -44,6 +44,6 @@ def prune_channels(
         result = steps.prune_channels(**files, macs=macs, size=size, latency=latency, split=split, progress=t.progress)
         write_json(Path(summary.path), result.to_json())
         pruned.metadata.update(file_facts(Path(pruned.path), "onnx"))
-        t.metrics({"size_bytes": result.size_bytes})
+        t.metrics(result.sizes)
         t.tags({"model.sha256": result.sha256})
         t.artifact(Path(summary.path), name="summary.json")

@@ -52,6 +52,12 @@ class CompressionSummary:
     packed_bytes: int | None = None
     input_packed_bytes: int | None = None
 
+    @property
+    def sizes(self) -> dict[str, float]:
+        """Bytes of the file, and inside a package where only that became smaller, as a tracking server takes them."""
+        packed = {} if self.packed_bytes is None else {"packed_bytes": float(self.packed_bytes)}
+        return {"size_bytes": float(self.size_bytes), **packed}
+
     def to_json(self) -> Json:
         """Return the JSON form of `--json`."""
         return {

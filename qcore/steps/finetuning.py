@@ -47,8 +47,8 @@ _TRAINING: "Mapping[str, Mapping[str, Json]]" = MappingProxyType(
 """How each method trains by default, where not as the step does: where much was taken away, much must move."""
 _FEW_BITS: "Mapping[str, Json]" = MappingProxyType({"learning_rate": 2e-4, "temperature": 4})
 """Of weights with few levels every change is a large one: at the rate for eight bits they never settle."""
-_PATTERN: "Mapping[str, Json]" = MappingProxyType({"end": 0.3})
-"""A pattern comes in few large steps; the last one must not come late."""
+_PATTERN_END, _PATTERN_RATE = 0.3, 1e-2
+"""A pattern comes in few large steps: the last one must not come late, and much must move behind it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,7 +159,10 @@ def _steps(method: str, own: dict[str, object], learns: dict[str, object]) -> "l
                 {"method": "qat", **(_FEW_BITS if rounded else {}), **learns},
             ]
         case "prune":
-            return [fold, {**train, "sparsify": {**(_PATTERN if "pattern" in own else {}), **own}}]
+            if "pattern" in own:
+                train = {**train, "learning_rate": _PATTERN_RATE, **learns}
+                own = {"end": _PATTERN_END, **own}
+            return [fold, {**train, "sparsify": own}]
         case "channels":
             return [fold, {"method": "prune-channels", **own}, train]
         case "cluster" | "decompose":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcore.canonical import Json
-from qcore.steps.compression import ANY_TARGET, CompressionSummary, apply_to_file
+from qcore.steps.compression import ANY_TARGET, CompressionSummary, apply_to_file, summary_of
 from qcore.steps.guard import Progress, open_calibration, refuse_overwrite, silent
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def prune_channels(
         model: float ONNX file.
         data: card of the samples on which losses are measured and made good.
         out: where to write.
-        macs: share of the multiply-accumulates to keep; 0.6 if no budget is given.
+        macs: share of the multiply-accumulates to keep; if no budget is given 0.6, with 0.75 of the latency.
         size: share of the file size to keep.
         latency: share of the latency on this machine to keep.
         split: of the card.
@@ -110,20 +110,11 @@ def prune_channels(
 
 def _unchanged(model: Path, out: Path, recipe: "Recipe") -> CompressionSummary:
     """Write the bytes of `model` to `out`: nothing was asked for, so the digest stays what it was."""
-    from qcore.canonical import sha256_bytes
     from qcore.files import write_atomic
     from qcore.graph.io import parse_model, read_model_bytes
+    from qcore.target import load_target
 
     raw = read_model_bytes(model)
     parse_model(raw, str(model))
     write_atomic(out, raw)
-    return CompressionSummary(
-        output=out,
-        sha256=sha256_bytes(raw),
-        size_bytes=len(raw),
-        input_size_bytes=len(raw),
-        recipe=recipe.name,
-        recipe_sha256=recipe.sha256,
-        target="any",
-        steps=(),
-    )
+    return summary_of(out, raw, raw, (), recipe=recipe, target=load_target(ANY_TARGET))

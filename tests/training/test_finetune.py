@@ -304,7 +304,7 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher, says: str, folder: Fold
     path = folder.folder / "data" / "t.onnx"
     if teacher is not None:
         save(teacher(), path)
-    refused(folder, ModelError, says, f"method: finetune, epochs: 1, teacher: {path}")
+    assert_refused(folder, ModelError, says, f"method: finetune, epochs: 1, teacher: {path}")
 
 
 TRAINING_RECIPES = sorted(p.stem for p in RECIPES.glob("*.yaml") if load_recipe(p.stem).training_steps)
@@ -340,7 +340,9 @@ def test_shipped_recipes_train(name: str, folder: Folder) -> None:
         assert sum(w.size for w in weights) < sum(w.size for w in constants(onnx.load(model)).values() if w.ndim > 1)
 
 
-def refused(folder: Folder, kind: type[QcoreError], says: str, *recipe: str, proto: onnx.ModelProto | None = None):
+def assert_refused(
+    folder: Folder, kind: type[QcoreError], says: str, *recipe: str, proto: onnx.ModelProto | None = None
+):
     with pytest.raises(kind, match=says) as e:
         folder.compress(proto or small_net(), *recipe)
     assert "\n" not in str(e.value)
@@ -367,18 +369,20 @@ def refused(folder: Folder, kind: type[QcoreError], says: str, *recipe: str, pro
     ],
 )
 def test_a_wrong_recipe_is_refused_in_one_line(recipe, kind, says: str, folder: Folder) -> None:
-    refused(folder, kind, says, *recipe)
+    assert_refused(folder, kind, says, *recipe)
 
 
 def test_overlapping_splits_are_refused(folder: Folder) -> None:
     folder.card.write_text(CARD.replace("validation: {range: [192, 256]}", "validation: {range: [190, 256]}"))
-    refused(folder, DataError, "splits 'train' and 'validation' of .*|share 2 samples", FINETUNE)
+    assert_refused(folder, DataError, "splits 'train' and 'validation' of .*|share 2 samples", FINETUNE)
 
 
 def test_what_evaluates_does_not_teach(folder: Folder) -> None:
     folder.card.write_text(CARD + "  evaluation: {range: [190, 256]}\n")
-    refused(folder, DataError, "splits 'train' and 'evaluation' share 2 samples, so the model would be", FINETUNE)
-    refused(folder, DataError, "share 66 samples", f"{FINETUNE}, train: evaluation")
+    assert_refused(
+        folder, DataError, "splits 'train' and 'evaluation' share 2 samples, so the model would be", FINETUNE
+    )
+    assert_refused(folder, DataError, "share 66 samples", f"{FINETUNE}, train: evaluation")
 
 
 def test_samples_of_one_class_do_not_judge(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
@@ -396,29 +400,29 @@ def test_samples_of_one_class_do_not_judge(folder: Folder, caplog: pytest.LogCap
 def test_labels_cannot_teach_where_there_are_none(folder: Folder) -> None:
     folder.card = write_blobs(folder.folder / "data", labels=False)
     says = r"teacher_weight is 0.0, but split 'train' of blobs has no labels; allowed: 1, or leave it out"
-    refused(folder, ModelError, says, FINETUNE)
+    assert_refused(folder, ModelError, says, FINETUNE)
 
 
 def test_labels_that_the_model_does_not_have_are_refused(folder: Folder) -> None:
     x, y = (np.load(folder.card.parent / "blobs.npz")[k] for k in "xy")
     np.savez(folder.card.parent / "blobs.npz", x=x, y=y + 5)
-    refused(folder, ModelError, r"has class \d, the model tells 3 classes apart; allowed: 0 to 2", FINETUNE)
+    assert_refused(folder, ModelError, r"has class \d, the model tells 3 classes apart; allowed: 0 to 2", FINETUNE)
 
 
 def test_a_fixed_batch_is_refused(folder: Folder) -> None:
     says = "insists on batches of 2; allowed for training: any number; export it with a symbolic first dimension"
-    refused(folder, ConfigError, says, FINETUNE, proto=small_net(batch=2))
+    assert_refused(folder, ConfigError, says, FINETUNE, proto=small_net(batch=2))
 
 
 def test_a_model_without_weights_is_refused(folder: Folder) -> None:
     nodes = [helper.make_node("GlobalAveragePool", ["x"], ["p"]), helper.make_node("Flatten", ["p"], ["y"])]
     proto = model_of(nodes, {}, inputs={"x": ["N", 1, 6, 6]}, outputs={"y": ["N", 1]})
-    refused(folder, ModelError, "no float weights to train", FINETUNE, proto=proto)
+    assert_refused(folder, ModelError, "no float weights to train", FINETUNE, proto=proto)
 
 
 def test_one_sample_cannot_teach_and_judge(folder: Folder) -> None:
     folder.card.write_text("name: blobs\npath: blobs.npz\nlayout: NCHW\nsplits:\n  train: {range: [0, 1]}\n")
-    refused(folder, DataError, "split 'train' has 1 sample; allowed: 2 or more, since some must judge", FINETUNE)
+    assert_refused(folder, DataError, "split 'train' has 1 sample; allowed: 2 or more, since some must judge", FINETUNE)
 
 
 def test_without_splits_of_their_own_one_sample_in_ten_judges(folder: Folder, caplog) -> None:
@@ -428,7 +432,7 @@ def test_without_splits_of_their_own_one_sample_in_ten_judges(folder: Folder, ca
     assert "blobs has no split 'train': 256 samples of 'calibration' are learnt from" in caplog.text
 
 
-def two_outputs(**extra: str) -> onnx.ModelProto:
+def two_outputs() -> onnx.ModelProto:
     """Return a net whose class scores `y` come with a second output `z` of the same features."""
     proto = small_net()
     w = np.random.default_rng(5).standard_normal((2, 4)).astype(np.float32)
@@ -489,14 +493,14 @@ def test_weights_of_other_floats_are_refused_by_name(kind: type, folder: Folder)
     weights = {"w": rng.standard_normal((36, 3)).astype(kind)}
     proto = model_of(nodes, weights, inputs={"x": ["N", 1, 6, 6]}, outputs={"y": ["N", 3]})
     says = f"weight 'w' is {np.dtype(kind).name}; allowed for training: float32"
-    refused(folder, ModelError, says, FINETUNE, proto=proto)
+    assert_refused(folder, ModelError, says, FINETUNE, proto=proto)
 
 
 def test_labels_of_the_validation_split_are_looked_at(folder: Folder) -> None:
     x, y = (np.load(folder.card.parent / "blobs.npz")[k] for k in "xy")
     y[200] = 99
     np.savez(folder.card.parent / "blobs.npz", x=x, y=y)
-    refused(folder, ModelError, "split 'validation' of blobs has class 99", FINETUNE)
+    assert_refused(folder, ModelError, "split 'validation' of blobs has class 99", FINETUNE)
 
 
 def test_a_teacher_of_unknown_shape_is_measured(folder: Folder) -> None:
@@ -505,12 +509,12 @@ def test_a_teacher_of_unknown_shape_is_measured(folder: Folder) -> None:
         dimension.dim_param = "K"
     path = save(proto, folder.folder / "data" / "t.onnx")
     says = r"'y' of the teacher has size \(4,\), the student's \(3,\); allowed: the same"
-    refused(folder, ModelError, says, f"method: finetune, epochs: 1, teacher: {path}")
+    assert_refused(folder, ModelError, says, f"method: finetune, epochs: 1, teacher: {path}")
 
 
 @pytest.mark.parametrize("recipe", ["method: prune, exclude: [nowhere]", "method: prune-channels, exclude: [nowhere]"])
 def test_layers_that_do_not_exist_cannot_be_excluded(recipe: str, folder: Folder) -> None:
-    refused(folder, ModelError, "exclude names node 'nowhere', which does not exist", recipe, FINETUNE)
+    assert_refused(folder, ModelError, "exclude names node 'nowhere', which does not exist", recipe, FINETUNE)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from quantizing import constants
 from qcore import steps
 from qcore.cli.main import run
 from qcore.errors import ConfigError, ModelError
+from qcore.recipe import load_recipe
 from qcore.steps.finetuning import recipe_of
 
 FAST = ["--target", "npu-int8-symmetric", "--epochs", "2", "--batch", "32", "--device", "cpu"]
@@ -89,6 +90,22 @@ def test_what_made_a_model_smaller_is_made_good_by_training(method, step):
 def test_images_are_moved_where_that_is_asked():
     moved = recipe_of(steps.Finetuning(method="prune", pad_crop=4, flip=True)).training_steps[0].augment
     assert (moved.pad_crop, moved.flip) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe"),
+    [
+        ({"method": "prune"}, "sparse50-tuned"),
+        ({"method": "prune", "pattern": "2:4"}, "sparse24-tuned"),
+        ({"method": "channels", "macs": 0.6, "latency": 0.75}, "channels60-tuned"),
+        ({"method": "cluster", "clusters": 16}, "cluster16-tuned"),
+        ({"method": "decompose", "macs": 0.5}, "decomposed50-tuned"),
+        ({"method": "qat", "weight_bits": 4}, "int4-qat"),
+    ],
+)
+def test_verbs_and_shipped_recipes_do_the_same(method, recipe):
+    ours, shipped = recipe_of(steps.Finetuning(**method, pad_crop=4)), load_recipe(recipe)
+    assert [s.model_dump() for s in ours.steps] == [s.model_dump() for s in shipped.steps]
 
 
 def test_few_bits_are_rounded_first():
