@@ -8,12 +8,12 @@ Only pass releases. Pure and deterministic; anything missing is a refusal, never
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 
 from pydantic import Field, model_validator
 
 from qcore.config import Config
 from qcore.errors import GateRefused
+from qcore.numerics.bounds import paired_lower_bound, rate_lower_bound
 from qcore.report import Check, EvaluationReport, GateDecision, Outcome, PairedCounts
 
 MAX_SAMPLES = 10_000_000
@@ -107,57 +107,6 @@ def decide(report: EvaluationReport, policy: GatePolicy) -> GateDecision:
         qcore_version=report.qcore_version,
         metrics=dict(report.metrics),
     )
-
-
-def paired_lower_bound(wins: float, losses: float, n: float, confidence: float) -> float:
-    """Return the one-sided lower confidence bound of `(wins - losses) / n`, the true difference of two paired rates.
-
-    The bound inverts the score test, which keeps its error rate where the normal approximation does not (few or no
-    discordant samples).
-
-    Args:
-        wins: samples that only the candidate has right.
-        losses: samples that only the baseline has right.
-        n: all samples, n >= wins + losses, n > 0.
-        confidence: one-sided, in (0.5, 1).
-
-    The error rate is nominal: just past the smallest n that can pass with no loss it reaches 6.8 % for 95 % (computed
-    exactly; 10 % of all n exceed 5.5 %).
-
-    Source: Tango 1998, Statistics in Medicine 17:891-908, equations 8 and 10 (restricted maximum likelihood).
-    """
-    z = NormalDist().inv_cdf(confidence)
-    low, high = -1.0, (wins - losses) / n
-    for _ in range(60):
-        middle = (low + high) / 2
-        if _tango_score(wins, losses, n, middle) > z:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def rate_lower_bound(hits: float, n: float, confidence: float) -> float:
-    """Return the one-sided lower confidence bound of a rate observed as `hits / n`; nominal, up to 6 % for 95 %.
-
-    Source: Wilson 1927, JASA 22:209-212 (score interval).
-    """
-    z = NormalDist().inv_cdf(confidence)
-    p = hits / n
-    centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z * z / n))
-
-
-def _tango_score(wins: float, losses: float, n: float, delta: float) -> float:
-    """Return Tango's statistic for the hypothesis that the true difference is `delta` (at most the observed one)."""
-    a = 2 * n
-    b = -wins - losses + (2 * n - wins + losses) * delta
-    c = -losses * delta * (1 - delta)
-    q21 = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
-    variance = n * (2 * q21 + delta * (1 - delta))
-    gap = wins - losses - n * delta
-    return gap / math.sqrt(variance) if variance > 0 else math.inf if gap > 0 else 0.0
 
 
 def _check_consistent(report: EvaluationReport) -> None:

@@ -1,9 +1,6 @@
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qcore.errors import GateRefused
@@ -13,9 +10,8 @@ from qcore.gate import (
     MetricLimit,
     decide,
     default_policy,
-    paired_lower_bound,
-    rate_lower_bound,
 )
+from qcore.numerics.bounds import paired_lower_bound
 from qcore.report import (
     EvaluationReport,
     Latency,
@@ -90,42 +86,6 @@ def test_inconclusive_says_how_many_more_samples_would_decide():
     assert paired_lower_bound(1 * scale, 4 * scale, 400 * scale, 0.95) >= -0.01
     scale = (400 + more - 1) / 400
     assert paired_lower_bound(1 * scale, 4 * scale, 400 * scale, 0.95) < -0.01
-
-
-# Tango 1998, table 3 (two-sided 95 % intervals of (b - c) / n): the limits are the one-sided ones at 97.5 %.
-@pytest.mark.parametrize(
-    ("b", "c", "n", "lower"),
-    [(12, 2, 50, 0.0565), (0, 0, 44, -0.0803), (5, 0, 30, 0.0309)],
-)
-def test_the_bound_is_tangos(b, c, n, lower):
-    assert paired_lower_bound(b, c, n, 0.975) == pytest.approx(lower, abs=0.012)
-
-
-@pytest.mark.parametrize("n", [200, 1000, 10_000])
-@pytest.mark.parametrize("discordant", [0.02, 0.06])
-def test_at_a_true_drop_equal_to_the_limit_at_most_the_stated_share_passes(n, discordant):
-    rng = np.random.default_rng(n)
-    p_win, p_loss = (discordant - 0.01) / 2, (discordant + 0.01) / 2
-    counts = rng.multinomial(n, [p_win, p_loss, 1 - p_win - p_loss], size=4000)
-    passed = np.mean([paired_lower_bound(w, k, n, 0.95) >= -0.01 for w, k in counts[:, :2].tolist()])
-    monte_carlo = 3 * np.sqrt(0.05 * 0.95 / 4000)
-    # The score test is not exact: with four or fewer expected discordant samples it may pass a few per cent more.
-    assert passed <= 0.05 + monte_carlo + (0.02 if n * discordant < 20 else 0.0)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(100, 3000), st.floats(0.6, 0.99))
-def test_more_losses_never_help(wins, losses, n, confidence):
-    bound = paired_lower_bound(wins, losses, n, confidence)
-    assert paired_lower_bound(wins, losses + 1, n, confidence) <= bound + 1e-12
-    assert bound <= (wins - losses) / n
-    assert paired_lower_bound(wins, losses, n, min(0.999, confidence + 0.005)) <= bound + 1e-12
-
-
-@given(st.integers(1, 2000), st.floats(0.6, 0.999))
-def test_a_rate_bound_lies_below_the_rate(n, confidence):
-    for hits in {0, 1, n // 2, n}:
-        assert 0 <= rate_lower_bound(hits, n, confidence) <= hits / n + 1e-12
 
 
 def test_floors_and_budgets_are_checks_of_their_own():
