@@ -38,7 +38,7 @@ from qcore.cli.output import print_table
 from qcore.data.dataset import batches, open_dataset
 from qcore.evaluation import evaluate
 from qcore.files import atomic_path, sha256_file, write_json
-from qcore.gate import paired_lower_bound
+from qcore.numerics.bounds import paired_lower_bound
 from qcore.runtime.ort import load, measure_latency
 
 ROOT = Path(__file__).resolve().parents[1]

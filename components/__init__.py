@@ -8,8 +8,10 @@ from qcore.components.cluster import cluster
 from qcore.components.compress import compress
 from qcore.components.decompose import decompose
 from qcore.components.evaluate import evaluate
+from qcore.components.evaluate_shard import evaluate_shard
 from qcore.components.finetune import finetune
 from qcore.components.gate import gate
+from qcore.components.merge_reports import merge_reports
 from qcore.components.merge_tables import merge_tables
 from qcore.components.package import package
 from qcore.components.prune import prune
@@ -23,8 +25,10 @@ __all__ = [
     "compress",
     "decompose",
     "evaluate",
+    "evaluate_shard",
     "finetune",
     "gate",
+    "merge_reports",
     "merge_tables",
     "package",
     "prune",

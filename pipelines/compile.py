@@ -15,8 +15,10 @@ from qcore.components.cluster import cluster
 from qcore.components.compress import compress
 from qcore.components.decompose import decompose
 from qcore.components.evaluate import evaluate
+from qcore.components.evaluate_shard import evaluate_shard
 from qcore.components.finetune import finetune
 from qcore.components.gate import gate
+from qcore.components.merge_reports import merge_reports
 from qcore.components.merge_tables import merge_tables
 from qcore.components.package import package
 from qcore.components.prune import prune
@@ -25,6 +27,7 @@ from qcore.components.publish import publish
 from qcore.components.quantize import quantize
 from qcore.files import write_atomic
 from qcore.pipelines.calibrate_sharded import calibrate_sharded
+from qcore.pipelines.evaluate_sharded import evaluate_sharded
 from qcore.pipelines.release import release
 
 SOURCES: dict[str, Any] = {
@@ -41,12 +44,15 @@ SOURCES: dict[str, Any] = {
             decompose,
             finetune,
             evaluate,
+            evaluate_shard,
+            merge_reports,
             gate,
             package,
             publish,
         )
     },
     "pipelines/calibrate_sharded/pipeline.yaml": calibrate_sharded,
+    "pipelines/evaluate_sharded/pipeline.yaml": evaluate_sharded,
     "pipelines/release/pipeline.yaml": release,
 }
 

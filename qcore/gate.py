@@ -7,17 +7,32 @@ Only pass releases. Pure and deterministic; anything missing is a refusal, never
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from statistics import NormalDist
+from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from qcore.config import Config
 from qcore.errors import GateRefused
+from qcore.groups import Counts, Family, judge_groups
+from qcore.numerics.bounds import (
+    Estimate,
+    Floats,
+    mean_of,
+    paired_lower_bound,
+    rate_lower_bound,
+    roc_areas,
+    upper_bound,
+)
+from qcore.recount import refuse_contradictions
 from qcore.report import Check, EvaluationReport, GateDecision, Outcome, PairedCounts
 
 MAX_SAMPLES = 10_000_000
-ROUNDING = 1e-12  # of a share that was computed twice in float64
+FEWEST_VALUES = 100
+"""Below it the bound of a mean is not conservative where differences are skewed."""
+FEWEST_OF_A_KIND = 20
+"""Anomalies, and normal samples, below which the bound of an area is not conservative."""
 
 
 class MetricLimit(Config):
@@ -33,6 +48,36 @@ class MetricLimit(Config):
         return self
 
 
+class ErrorLimit(Config):
+    """Limits of the mean absolute error, in the unit of the targets: its own, and its increase against the baseline."""
+
+    max: float | None = Field(default=None, gt=0)
+    max_increase: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _something(self) -> "ErrorLimit":
+        if self.max is None and self.max_increase is None:
+            raise ValueError("an error limit holds max, max_increase, or both")
+        return self
+
+
+class ValueLimit(Config):
+    """How much worse the mean of a metric of the user may be than the baseline's, in its own unit."""
+
+    max_loss: float = Field(gt=0)
+
+
+class GroupLimit(Config):
+    """How much top-1 each slice or class may lose, as a fraction of 1, shown for all of them together (Holm).
+
+    Groups of fewer than `min_support` samples are listed as not judged; with `require` that fails the check.
+    """
+
+    max_drop: float = Field(gt=0, lt=1)
+    min_support: int = Field(default=50, gt=0)
+    require: bool = False
+
+
 class Budgets(Config):
     """Upper limits that have no sampling error: file size in bytes, and ratios candidate / baseline."""
 
@@ -44,7 +89,9 @@ class Budgets(Config):
 class GatePolicy(Config):
     """What a release must satisfy.
 
-    `confidence` is one-sided and holds for every check by itself. `top1` needs labels. `agreement` (share of samples
+    `confidence` is one-sided and holds for every check by itself; `slices` and `classes` are one check each, over all
+    their groups. `top1`, `top5`, `slices` and `classes` need labels, `mae` a regression, `auc` (area under the ROC
+    curve) anomalies; `metrics` names metrics of the user. `agreement` (share of samples
     on which candidate and baseline name the same class) has no drop, only a minimum. `output_sqnr_db` is the least
     ratio of the outputs' power to the power of their error, in dB, over all samples and in every output; it has no
     confidence bound.
@@ -53,14 +100,23 @@ class GatePolicy(Config):
     name: str = "default"
     confidence: float = Field(default=0.95, ge=0.8, lt=1)
     top1: MetricLimit | None = None
+    top5: MetricLimit | None = None
     agreement: MetricLimit | None = None
     output_sqnr_db: float | None = Field(default=None, ge=-300, le=300)
+    mae: ErrorLimit | None = None
+    auc: MetricLimit | None = None
+    metrics: dict[str, ValueLimit] = Field(default_factory=dict)
+    slices: GroupLimit | None = None
+    classes: GroupLimit | None = None
     budgets: Budgets = Budgets()
 
     @model_validator(mode="after")
     def _asks_something(self) -> "GatePolicy":
-        if self.top1 is None and self.agreement is None and self.output_sqnr_db is None:
-            raise ValueError("a policy limits top1, agreement or output_sqnr_db; asking nothing would pass everything")
+        fields = ("top1", "top5", "agreement", "output_sqnr_db", "mae", "auc", "slices", "classes")
+        if not self.metrics and all(getattr(self, name) is None for name in fields):
+            raise ValueError(
+                f"a policy limits at least one of {', '.join(fields)}, metrics; asking nothing would pass everything"
+            )
         if self.agreement is not None and self.agreement.max_drop is not None:
             raise ValueError("agreement has no max_drop; set min")
         return self
@@ -69,11 +125,17 @@ class GatePolicy(Config):
 def default_policy(report: EvaluationReport) -> GatePolicy:
     """Return the policy used when none is given.
 
-    With labels, one point of top-1. Without, 97 % agreement and an output error of at most a tenth of the outputs'
-    power (10 dB); where outputs name no class, a hundredth (20 dB), since nothing else speaks for the candidate.
+    With classes, one point of top-1; for anomalies, one point of the area under the ROC curve; of a regression, a
+    twentieth more mean absolute error than the baseline's. Without labels, 97 % agreement and an output error of at
+    most a tenth of the outputs' power (10 dB); where outputs name no class, a hundredth (20 dB), since nothing else
+    speaks for the candidate.
     """
     if report.paired is not None:
         return GatePolicy(top1=MetricLimit(max_drop=0.01))
+    if "auc" in report.metrics:
+        return GatePolicy(auc=MetricLimit(max_drop=0.01))
+    if (error := report.metrics.get("baseline_mae", 0.0)) > 0:
+        return GatePolicy(mae=ErrorLimit(max_increase=error / 20))
     if "agreement" in report.metrics:
         return GatePolicy(agreement=MetricLimit(min=0.97), output_sqnr_db=10)
     return GatePolicy(output_sqnr_db=20)
@@ -85,11 +147,15 @@ def decide(report: EvaluationReport, policy: GatePolicy) -> GateDecision:
     Raises:
         GateRefused: the policy limits something that was not measured, or the report contradicts itself.
     """
-    _check_consistent(report)
+    refuse_contradictions(report)
     checks = [
-        *_top1_checks(report, policy),
+        *_accuracy_checks(report, policy),
         *_agreement_checks(report, policy),
         *_output_checks(report, policy),
+        *_error_checks(report, policy),
+        *_area_checks(report, policy),
+        *_user_checks(report, policy),
+        *_group_checks(report, policy),
         *_budget_checks(report, policy),
     ]
     outcomes = {c.outcome for c in checks}
@@ -109,102 +175,12 @@ def decide(report: EvaluationReport, policy: GatePolicy) -> GateDecision:
     )
 
 
-def paired_lower_bound(wins: float, losses: float, n: float, confidence: float) -> float:
-    """Return the one-sided lower confidence bound of `(wins - losses) / n`, the true difference of two paired rates.
-
-    The bound inverts the score test, which keeps its error rate where the normal approximation does not (few or no
-    discordant samples).
-
-    Args:
-        wins: samples that only the candidate has right.
-        losses: samples that only the baseline has right.
-        n: all samples, n >= wins + losses, n > 0.
-        confidence: one-sided, in (0.5, 1).
-
-    The error rate is nominal: just past the smallest n that can pass with no loss it reaches 6.8 % for 95 % (computed
-    exactly; 10 % of all n exceed 5.5 %).
-
-    Source: Tango 1998, Statistics in Medicine 17:891-908, equations 8 and 10 (restricted maximum likelihood).
-    """
-    z = NormalDist().inv_cdf(confidence)
-    low, high = -1.0, (wins - losses) / n
-    for _ in range(60):
-        middle = (low + high) / 2
-        if _tango_score(wins, losses, n, middle) > z:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def rate_lower_bound(hits: float, n: float, confidence: float) -> float:
-    """Return the one-sided lower confidence bound of a rate observed as `hits / n`; nominal, up to 6 % for 95 %.
-
-    Source: Wilson 1927, JASA 22:209-212 (score interval).
-    """
-    z = NormalDist().inv_cdf(confidence)
-    p = hits / n
-    centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z * z / n))
-
-
-def _tango_score(wins: float, losses: float, n: float, delta: float) -> float:
-    """Return Tango's statistic for the hypothesis that the true difference is `delta` (at most the observed one)."""
-    a = 2 * n
-    b = -wins - losses + (2 * n - wins + losses) * delta
-    c = -losses * delta * (1 - delta)
-    q21 = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
-    variance = n * (2 * q21 + delta * (1 - delta))
-    gap = wins - losses - n * delta
-    return gap / math.sqrt(variance) if variance > 0 else math.inf if gap > 0 else 0.0
-
-
-def _check_consistent(report: EvaluationReport) -> None:
-    """Refuse a report whose numbers do not follow from its own samples."""
-    s = report.samples
-    lengths = {len(s.index), len(s.baseline), len(s.candidate), *([len(s.label)] if s.label is not None else [])}
-    if lengths != {report.n} or report.n == 0:
-        raise GateRefused(
-            f"the report says n={report.n} but holds {sorted(lengths)} samples; run `qcore evaluate` again"
-        )
-    if len(set(s.index)) != report.n:
-        raise GateRefused("the report counts a sample twice; run `qcore evaluate` again")
-    if any(not math.isfinite(v) for v in report.metrics.values()):
-        raise GateRefused("the report holds a metric that is not finite; run `qcore evaluate` again")
-    if (report.paired is None) != (s.label is None):
-        raise GateRefused("the report has labels without paired counts; run `qcore evaluate` again")
-    derived = {"agreement": sum(a == b for a, b in zip(s.baseline, s.candidate, strict=True)) / report.n}
-    if report.paired is not None:
-        p = recount(report)
-        if report.paired != p:
-            raise GateRefused("the report's paired counts do not follow from its samples; run `qcore evaluate` again")
-        derived["top1"] = (p.both_right + p.only_candidate_right) / report.n
-        derived["baseline_top1"] = (p.both_right + p.only_baseline_right) / report.n
-        derived["top1_delta"] = (p.only_candidate_right - p.only_baseline_right) / report.n
-    for name, value in derived.items():
-        if abs(report.metrics.get(name, value) - value) > ROUNDING:
-            raise GateRefused(f"the report's {name} does not follow from its samples; run `qcore evaluate` again")
-
-
-def recount(report: EvaluationReport) -> PairedCounts:
-    """Return the paired counts that the report's own samples give; without labels all are zero."""
-    s = report.samples
-    labels = s.label if s.label is not None else ()
-    pairs = [(c == y, b == y) for c, b, y in zip(s.candidate, s.baseline, labels, strict=bool(labels))]
-    return PairedCounts(
-        both_right=pairs.count((True, True)),
-        only_candidate_right=pairs.count((True, False)),
-        only_baseline_right=pairs.count((False, True)),
-        both_wrong=pairs.count((False, False)),
-    )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Question:
     """Is the one-sided bound of an estimate at least `limit`?
 
-    `bound_at(n)` is the bound if the observed rates held for n samples; `counts` says what was seen, in words.
+    `bound_at(n)` is the bound if the observed rates held for n samples; `counts` says what was seen, in words. Of
+    fewer than `fewest` samples the bound is not to be trusted, whatever it says.
     """
 
     name: str
@@ -212,20 +188,28 @@ class _Question:
     limit: float
     bound_at: Callable[[float], float]
     counts: str
+    fewest: int = 1
 
 
-def _top1_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
-    limit, n = policy.top1, report.n
-    if limit is None:
-        return []
-    paired = report.paired
-    if paired is None:
-        raise GateRefused("the policy limits top1 but the data has no labels; limit agreement instead")
+def _accuracy_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
     checks = []
+    five = report.details.top5 if report.details is not None else None
+    for name, limit, paired in (("top1", policy.top1, report.paired), ("top5", policy.top5, five)):
+        if limit is None:
+            continue
+        if paired is None:
+            why = "the data has no labels" if report.paired is None else "the model tells five classes apart or fewer"
+            raise GateRefused(f"the policy limits {name} but {why}; limit agreement or top1 instead")
+        checks += _share_checks(name, limit, paired, policy)
+    return checks
+
+
+def _share_checks(name: str, limit: MetricLimit, paired: PairedCounts, policy: GatePolicy) -> list[Check]:
+    checks, n = [], paired.n
     if limit.max_drop is not None:
         wins, losses = paired.only_candidate_right, paired.only_baseline_right
         question = _Question(
-            name="top1_drop",
+            name=f"{name}_drop",
             observed=(wins - losses) / n,
             limit=-limit.max_drop,
             bound_at=lambda m: paired_lower_bound(wins / n * m, losses / n * m, m, policy.confidence),
@@ -234,7 +218,7 @@ def _top1_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
         checks.append(_answer(question, n))
     if limit.min is not None:
         right = paired.both_right + paired.only_candidate_right
-        checks.append(_answer(_rate_question("top1_min", right, limit.min, report, policy), n))
+        checks.append(_answer(_rate_question(f"{name}_min", right, limit.min, (n, policy)), n))
     return checks
 
 
@@ -246,7 +230,7 @@ def _agreement_checks(report: EvaluationReport, policy: GatePolicy) -> list[Chec
             "the policy limits agreement but the outputs name no class (one value per sample); limit output_sqnr_db"
         )
     agreed = round(report.metrics["agreement"] * report.n)
-    return [_answer(_rate_question("agreement_min", agreed, policy.agreement.min, report, policy), report.n)]
+    return [_answer(_rate_question("agreement_min", agreed, policy.agreement.min, (report.n, policy)), report.n)]
 
 
 def _output_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
@@ -268,8 +252,8 @@ def _output_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
     ]
 
 
-def _rate_question(name: str, hits: int, limit: float, report: EvaluationReport, policy: GatePolicy) -> _Question:
-    n = report.n
+def _rate_question(name: str, hits: int, limit: float, of: tuple[int, GatePolicy]) -> _Question:
+    n, policy = of
     return _Question(
         name=name,
         observed=hits / n,
@@ -279,18 +263,147 @@ def _rate_question(name: str, hits: int, limit: float, report: EvaluationReport,
     )
 
 
+def _error_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
+    limit = policy.mae
+    if limit is None:
+        return []
+    if report.data.task != "regression":
+        raise GateRefused(f"the policy limits mae but the task is {report.data.task}; limit what that task measures")
+    errors = report.samples.values["absolute_error"]
+    theirs, ours = (np.array(column, np.float64) for column in (errors.baseline, errors.candidate))
+    checks = []
+    if limit.max_increase is not None:
+        checks.append(_upper("mae_increase", ours - theirs, limit.max_increase, policy.confidence))
+    if limit.max is not None:
+        checks.append(_upper("mae_max", ours, limit.max, policy.confidence))
+    return checks
+
+
+def _upper(name: str, column: Floats, limit: float, confidence: float) -> Check:
+    """Return the check that the mean of `column` is at most `limit`."""
+    lower = _lower("least", column, -limit, confidence)
+    return replace(lower, name=name, observed=0.0 - lower.observed, bound=0.0 - lower.bound, limit=limit)
+
+
+def _lower(name: str, losses: Floats, limit: float, confidence: float) -> Check:
+    """Return the check that the mean of `losses`, seen as a change for the worse, is at most `-limit`."""
+    n = len(losses)
+    if n < 2:
+        raise GateRefused(f"{name} of {n} sample says nothing; allowed: at least {FEWEST_VALUES}; add samples")
+    estimate = mean_of(losses)
+    question = _Question(
+        name=name,
+        observed=0.0 - estimate.value,
+        limit=limit,
+        bound_at=lambda m: 0.0 - upper_bound(estimate, m / n, confidence),
+        counts=f"mean of {n} samples, {int(np.sum(losses > 0))} of them worse and {int(np.sum(losses < 0))} better",
+        fewest=FEWEST_VALUES,
+    )
+    return _answer(question, n)
+
+
+def _area_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
+    limit = policy.auc
+    if limit is None:
+        return []
+    label = report.samples.label
+    if report.data.task != "anomaly" or label is None:
+        raise GateRefused(f"the policy limits auc but the task is {report.data.task}; limit what that task measures")
+    positive, scores = np.array(label) == 1, report.samples.values["score"]
+    odd = int(positive.sum())
+    scarcer = min(odd, report.n - odd)
+    if scarcer < 2:
+        raise GateRefused(f"auc rests on {scarcer} sample; allowed: {FEWEST_OF_A_KIND} of 0 and of 1; add samples")
+    areas = roc_areas(positive, *(np.array(c, np.float64) for c in (scores.baseline, scores.candidate)))
+    asked = []
+    if limit.max_drop is not None:
+        asked.append(("auc_drop", areas.drop, areas.candidate - areas.baseline, -limit.max_drop, 0.0))
+    if limit.min is not None:
+        asked.append(("auc_min", areas.missing, areas.candidate, limit.min, 1.0))
+    checks = []
+    for name, estimate, observed, least, whole in asked:
+        question = _Question(
+            name=name,
+            observed=observed,
+            limit=least,
+            bound_at=partial(_area_bound, estimate, whole, (report.n, policy.confidence)),
+            counts=f"{odd} anomalies among {report.n} samples",
+            fewest=math.ceil(FEWEST_OF_A_KIND * report.n / scarcer),
+        )
+        checks.append(_answer(question, report.n))
+    return checks
+
+
+def _area_bound(estimate: Estimate, whole: float, of: tuple[int, float], m: float) -> float:
+    n, confidence = of
+    return whole - upper_bound(estimate, m / n, confidence)
+
+
+def _user_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
+    checks = []
+    for name, limit in policy.metrics.items():
+        direction = report.user_metrics.get(name)
+        if direction is None:
+            known = ", ".join(report.user_metrics) or "none"
+            raise GateRefused(f"the policy limits metric {name!r}, which was not measured; known: {known}; add it")
+        values = report.samples.values[name]
+        worse = np.array(values.baseline, np.float64) - np.array(values.candidate, np.float64)
+        worse = worse if direction == "higher" else -worse
+        checks.append(_lower(f"{name}_change", worse, -limit.max_loss, policy.confidence))
+    return checks
+
+
+def _group_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
+    if policy.slices is None and policy.classes is None:
+        return []
+    s = report.samples
+    if report.paired is None or s.label is None:
+        raise GateRefused("the policy limits slices or classes of top-1 but the data has no classes; leave them out")
+    label, theirs, ours = (np.array(c, np.int64) for c in (s.label, s.baseline, s.candidate))
+    won, lost = (ours == label) & (theirs != label), (ours != label) & (theirs == label)
+    checks = []
+    if policy.slices is not None:
+        if not report.slices:
+            raise GateRefused("the policy limits slices but the data card has none; add `slices` and evaluate again")
+        chosen = {name: np.array(places, np.int64) for name, places in report.slices.items()}
+        counted = {
+            name: Counts(n=len(k), wins=int(won[k].sum()), losses=int(lost[k].sum())) for name, k in chosen.items()
+        }
+        checks.append(judge_groups(_family("slices_drop", policy.slices, report.n, policy.confidence), counted))
+    if policy.classes is not None:
+        columns = [np.bincount(label, weights=w).astype(np.int64).tolist() for w in (None, won, lost)]
+        rows = enumerate(zip(*columns, strict=True))
+        by_class = {f"class {k}": Counts(n=n, wins=w, losses=b) for k, (n, w, b) in rows if n}
+        checks.append(judge_groups(_family("classes_drop", policy.classes, report.n, policy.confidence), by_class))
+    return checks
+
+
+def _family(name: str, limit: GroupLimit, total: int, confidence: float) -> Family:
+    return Family(
+        name=name,
+        max_drop=limit.max_drop,
+        min_support=limit.min_support,
+        require=limit.require,
+        confidence=confidence,
+        total=total,
+    )
+
+
 def _answer(question: _Question, n: int) -> Check:
     bound = question.bound_at(n)
+    few = n < question.fewest
     outcome: Outcome
     needs, reason = None, question.counts
-    if bound >= question.limit:
-        outcome = "pass"
-    elif question.observed < question.limit:
+    if question.observed < question.limit:
         outcome, reason = "fail", f"{question.counts}: the observed value is outside the limit"
+        bound = min(bound, question.observed)
+    elif bound >= question.limit and not few:
+        outcome = "pass"
     else:
         outcome, reason = "inconclusive", f"{question.counts}: inside the limit, but too few samples to be sure"
-        total = _samples_needed(question.bound_at, question.limit, n)
+        total = _samples_needed(question.bound_at, question.limit, max(n, question.fewest))
         needs = None if total is None else total - n
+        bound = min(bound, math.nextafter(question.limit, -math.inf)) if few else bound
     return Check(
         name=question.name,
         outcome=outcome,

@@ -6,7 +6,7 @@ made is in `evaluation.py` and `gate.py`; how a decision is signed is in `releas
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from qcore.canonical import Digest, Json, sha256_json
@@ -14,9 +14,14 @@ from qcore.errors import GateRefused
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 
-REPORT_SCHEMA = "qcore.evaluation/1"
+REPORT_SCHEMA = "qcore.evaluation/2"
 DECISION_SCHEMA = "qcore.decision/1"
+Task = Literal["classification", "regression", "anomaly", "none"]
+Direction = Literal["higher", "lower"]
+
 BUDGETS = ("size_bytes", "size_ratio", "latency_ratio")
+"""Checks that more samples or better weights do not help."""
+UPPER_LIMITS = (*BUDGETS, "mae_increase", "mae_max")
 """Checks whose limit is an upper one."""
 
 
@@ -51,17 +56,24 @@ class MeasuredModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredData:
-    """The samples that were used: card name, split name, task, and the digest of samples and preprocessing."""
+    """The samples that were used: names of card and split, task, the number of samples of each slice, and a digest.
+
+    The digest is that of samples, preprocessing and slices.
+    """
 
     name: str
     split: str
-    task: Literal["classification", "none"]
+    task: Task
     sha256: Digest
+    slices: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what no card gives."""
-        if self.task not in ("classification", "none"):
-            raise GateRefused(f"task is {self.task!r}; allowed: classification, none")
+        if self.task not in get_args(Task):
+            raise GateRefused(f"task is {self.task!r}; allowed: {', '.join(get_args(Task))}")
+        texts, counts = (self.name, self.split, *self.slices), self.slices.values()
+        if not all(isinstance(v, str) for v in texts) or not all(type(n) is int for n in counts):
+            raise GateRefused(f"data are called {texts!r} with slices {self.slices!r}; allowed: text and whole numbers")
         _check_digest(self.sha256)
 
 
@@ -74,6 +86,12 @@ class PairedCounts:
     only_baseline_right: int
     both_wrong: int
 
+    def __post_init__(self) -> None:
+        """Refuse what nobody counts."""
+        for count in (self.both_right, self.only_candidate_right, self.only_baseline_right, self.both_wrong):
+            if type(count) is not int or count < 0:
+                raise GateRefused(f"a paired count is {count!r}; allowed: a whole number of at least 0")
+
     @property
     def n(self) -> int:
         """The number of samples."""
@@ -81,25 +99,83 @@ class PairedCounts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Samples:
-    """Per-sample results, four columns of length n; `label` is None where the data has no labels.
+class Values:
+    """One number per sample of either model."""
 
-    `baseline` and `candidate` are arg-max class indices (the first of equals).
+    baseline: tuple[float, ...]
+    candidate: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """Per-sample results, columns of length n.
+
+    `label` holds class numbers, or 0 and 1 for anomalies; None for other tasks. `baseline` and `candidate` are arg-max
+    class numbers (the first of equals), None where outputs name no class. `values` holds `absolute_error` of a
+    regression (the mean over its outputs), `score` of anomalies, and what the metrics of users gave, by their names.
     """
 
     index: tuple[int, ...]
     label: tuple[int, ...] | None
-    baseline: tuple[int, ...]
-    candidate: tuple[int, ...]
+    baseline: tuple[int, ...] | None
+    candidate: tuple[int, ...] | None
+    values: Mapping[str, Values] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassCount:
+    """How many samples a class has, and how many of them either model names right."""
+
+    label: int
+    support: int
+    baseline_right: int
+    candidate_right: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbabilityBin:
+    """Samples whose top probability lies in one of equal-width bins: how many, how many right, their mean probability.
+
+    `confidence` is 0 where the bin is empty.
+    """
+
+    count: int
+    right: int
+    confidence: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ByModel:
+    """Of one model: cells of the confusion matrix that are not zero, as (label, predicted, count); probability bins."""
+
+    confusion: tuple[tuple[int, int, int], ...]
+    reliability: tuple[ProbabilityBin, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassDetails:
+    """What labelled classes allow to say beyond top-1; `top5` is None for five classes or fewer."""
+
+    classes: tuple[ClassCount, ...]
+    baseline: ByModel
+    candidate: ByModel
+    top5: PairedCounts | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationReport:
     """Candidate and baseline on exactly the same samples.
 
-    `metrics` always holds `output_sqnr_db` (of the worst output); where the first output has two values or more also
-    `agreement` (share of samples with equal arg-max); with labels also `top1` (candidate), `baseline_top1` and
-    `top1_delta`. Shares are fractions of 1. `paired` is None without labels.
+    `metrics` always holds `output_sqnr_db` (of the worst output). Beside it, `X` of the candidate and `baseline_X`:
+
+    * classification: `top1`, `ece` (expected calibration error), for more than five classes `top5`; and the
+      differences `top1_delta`, `top5_delta`. `paired` and `details` are there for this task alone.
+    * regression: `mae`, `rmse`, `r2` (absent where all labels are equal); over all outputs together.
+    * anomaly: `auc`, the area under the ROC curve.
+    * `agreement` (share of samples with equal arg-max) for classification and unlabelled outputs of two values or more.
+    * the mean of each metric of `user_metrics`, which says whether higher or lower values are better.
+
+    Shares are fractions of 1. `slices` holds places in the columns of `samples`.
     """
 
     model: MeasuredModel
@@ -111,10 +187,17 @@ class EvaluationReport:
     samples: Samples
     runtime: Mapping[str, str]
     qcore_version: str
+    details: ClassDetails | None = None
+    slices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    user_metrics: Mapping[str, Direction] = field(default_factory=dict)
 
     def to_json(self) -> Json:
-        """Return the JSON form (`qcore.evaluation/1`); `latency_ms` repeats the candidate's for short paths."""
-        value = asdict(self)
+        """Return the JSON form (`qcore.evaluation/2`); `latency_ms` repeats the candidate's for short paths."""
+        value = _shallow(self)
+        value |= {name: asdict(value[name]) for name in ("model", "baseline", "data")}
+        value["paired"] = None if self.paired is None else asdict(self.paired)
+        value["details"] = None if self.details is None else _details_json(self.details)
+        value["samples"] = _shallow(self.samples) | {"values": {k: _shallow(v) for k, v in self.samples.values.items()}}
         return {"schema": REPORT_SCHEMA, **value, "latency_ms": value["model"]["latency_ms"]}
 
     @property
@@ -124,14 +207,29 @@ class EvaluationReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """One slice or class of a check: `bound` is None where it was not judged, `observed` where it has no samples."""
+
+    name: str
+    support: int
+    outcome: Outcome | Literal["not judged"]
+    observed: float | None
+    bound: float | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
     """One question of the policy and its answer.
 
     `observed` is the point value, `bound` the one-sided confidence bound that is held against `limit` (equal to
     `observed` where the value has no sampling error), `needs_samples` the further samples that would decide an
-    inconclusive check at the observed rates. Budgets (`BUDGETS`) are upper limits, all others lower ones.
+    inconclusive check at the observed rates. Limits of `UPPER_LIMITS` are upper ones, all others lower ones.
 
-    Invariant: all numbers are finite, and the outcome is `pass` exactly if the bound satisfies the limit.
+    `groups` are the slices or classes that the check is about; numbers are then those of the worst one.
+
+    Invariant: all numbers are finite, and the outcome is `pass` exactly if the bound satisfies the limit. It is not
+    `pass` if that of a group is `fail` or `inconclusive`.
     """
 
     name: str
@@ -141,6 +239,7 @@ class Check:
     limit: float
     reason: str
     needs_samples: int | None = None
+    groups: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:
         """Hold the invariant, also for a check that was read from a file."""
@@ -149,7 +248,9 @@ class Check:
             raise GateRefused(f"check {self.name}: {numbers} are not finite numbers; run `qcore gate` again")
         if self.outcome not in get_args(Outcome):
             raise GateRefused(f"check {self.name}: outcome {self.outcome!r}; allowed: {', '.join(get_args(Outcome))}")
-        at_most = self.name in BUDGETS
+        if self.outcome == "pass" and any(g.outcome not in ("pass", "not judged") for g in self.groups):
+            raise GateRefused(f"check {self.name} passes but a group of it does not; run `qcore gate` again")
+        at_most = self.name in UPPER_LIMITS
         holds = self.bound <= self.limit if at_most else self.bound >= self.limit
         if holds != (self.outcome == "pass"):
             wanted = "at most" if at_most else "at least"
@@ -190,35 +291,18 @@ class GateDecision:
         return {"schema": DECISION_SCHEMA, **asdict(self)}
 
 
-def report_from_json(value: Json) -> EvaluationReport:
-    """Return the report that `to_json` wrote.
+def _shallow(value: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass without copying what they hold: columns have millions of numbers."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
 
-    Raises:
-        GateRefused: a field is missing, unknown or of the wrong schema.
-    """
-    v = _fields(value, REPORT_SCHEMA)
-    v.pop("latency_ms", None)
-    if type(v.get("n")) is not int or not _are_numbers(v.get("metrics")):
-        raise GateRefused("evaluation report: n or metrics are not numbers; run `qcore evaluate` again")
-    try:
-        labels = v["samples"]["label"]
-        return EvaluationReport(
-            **{
-                **v,
-                "model": _measured(v["model"]),
-                "baseline": _measured(v["baseline"]),
-                "data": MeasuredData(**v["data"]),
-                "paired": PairedCounts(**v["paired"]) if v["paired"] is not None else None,
-                "samples": Samples(
-                    index=tuple(v["samples"]["index"]),
-                    label=tuple(labels) if labels is not None else None,
-                    baseline=tuple(v["samples"]["baseline"]),
-                    candidate=tuple(v["samples"]["candidate"]),
-                ),
-            }
-        )
-    except (KeyError, TypeError) as e:
-        raise GateRefused(f"evaluation report: field {e} is wrong or missing; run `qcore evaluate` again") from e
+
+def _details_json(details: ClassDetails) -> Json:
+    sides = {
+        name: {"confusion": side.confusion, "reliability": [asdict(b) for b in side.reliability]}
+        for name, side in (("baseline", details.baseline), ("candidate", details.candidate))
+    }
+    top5 = None if details.top5 is None else asdict(details.top5)
+    return {"classes": [asdict(c) for c in details.classes], **sides, "top5": top5}
 
 
 def decision_from_json(value: Json) -> GateDecision:
@@ -230,9 +314,9 @@ def decision_from_json(value: Json) -> GateDecision:
     """
     v = _fields(value, DECISION_SCHEMA)
     try:
-        checks = tuple(Check(**c) for c in v["checks"])
+        checks = tuple(Check(**{**c, "groups": tuple(Group(**g) for g in c.get("groups", ()))}) for c in v["checks"])
         decision = GateDecision(**{**v, "checks": checks})
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise GateRefused(f"gate decision: field {e} is wrong or missing; run `qcore gate` again") from e
     if decision.outcome not in get_args(Outcome):
         raise GateRefused(f"gate decision: outcome {decision.outcome!r}; allowed: {', '.join(get_args(Outcome))}")
@@ -249,11 +333,3 @@ def _fields(value: Json, schema: str) -> dict[str, Any]:
     if found != schema:
         raise GateRefused(f"expected a JSON object of schema {schema}, found {found}; pass the file that qcore wrote")
     return {k: v for k, v in value.items() if k != "schema"}
-
-
-def _are_numbers(value: object) -> bool:
-    return isinstance(value, dict) and all(type(v) in (int, float) for v in value.values())
-
-
-def _measured(value: Mapping[str, Any]) -> MeasuredModel:
-    return MeasuredModel(**{**value, "latency_ms": Latency(**value["latency_ms"])})

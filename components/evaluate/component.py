@@ -37,9 +37,8 @@ def evaluate(
     with Tracker("evaluate") as t:
         t.params({"split": split, "data_digest": data_sha256})
         expect_model(Path(baseline.path), baseline_sha256)
-        models = {"candidate": Path(candidate.path), "baseline": Path(baseline.path)}
-        out = Path(report.path)
-        result = steps.evaluate(**models, data=Path(data.path), out=out, split=split, progress=t.progress)
+        ours, theirs, card, out = (Path(a.path) for a in (candidate, baseline, data, report))
+        result = steps.evaluate(candidate=ours, baseline=theirs, data=card, out=out, split=split, progress=t.progress)
         report.metadata.update(file_facts(out, "qcore-evaluation"))
         t.metrics({**result.metrics, "latency_p50_ms": result.model.latency_ms.p50, "n": result.n}, kfp=metrics)
         t.params({"data": result.data.name, "evaluation_split": split}, on="parent")

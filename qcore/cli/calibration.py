@@ -28,7 +28,7 @@ def calibrate(
     as_json: opt.AsJson = False,
 ) -> None:
     """Measure the activation ranges of a model on a split of a data set."""
-    part = _shard(shard)
+    part = opt.parsed_shard(shard)
     with progress() as report:
         table = steps.calibrate(
             model=model,
@@ -52,13 +52,6 @@ def merge_tables(
 ) -> None:
     """Put the tables of shards together; the result is that of one process, byte for byte."""
     _print(steps.merge_tables(tables=tables, out=out), out, as_json)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal()):
-        raise typer.BadParameter(f"shard is {text!r}; allowed: I/N such as 1/4", param_hint="--shard")
-    return int(index), int(count)
 
 
 def _print(table: "CalibrationTable", out: Path, as_json: bool) -> None:

@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from qcore import __version__
-from qcore.cli import calibration, demo, layers, lint, model, parity, pipeline, repo, tracking, training
+from qcore.cli import calibration, demo, evaluation, layers, lint, model, parity, pipeline, repo, tracking, training
 from qcore.cli.output import print_json
 from qcore.errors import QcoreError
 from qcore.steps import is_first
@@ -36,7 +36,8 @@ app.command("cluster")(model.cluster)
 app.command("decompose")(model.decompose)
 app.command("compress")(model.compress)
 app.command("lint")(lint.lint)
-app.command("evaluate")(model.evaluate)
+app.command("evaluate")(evaluation.evaluate)
+app.command("merge-reports")(evaluation.merge_reports)
 app.command("parity")(parity.parity)
 app.command("layers")(layers.layers)
 app.command("sensitivity")(layers.sensitivity)

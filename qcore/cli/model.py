@@ -10,7 +10,7 @@ from qcore.cli import options as opt
 from qcore.cli.epochs import gained, print_epochs, training_progress
 from qcore.cli.output import percent, print_facts, print_json, print_table, progress, size
 from qcore.errors import ConfigError
-from qcore.report import EvaluationReport, GateDecision
+from qcore.report import GateDecision
 
 if TYPE_CHECKING:
     from qcore.compression import AppliedStep
@@ -177,25 +177,6 @@ def _print_ladder(result: steps.AutoSummary) -> None:
     print_table(f"Ladder, judged on {result.judged_on}; * nothing beats it in all columns", columns, rows)
 
 
-def evaluate(
-    model: Annotated[Path, typer.Option("--model", help="The candidate.")],
-    baseline: opt.Baseline,
-    data: opt.Data,
-    out: opt.Out,
-    split: opt.EvaluationSplit = "evaluation",
-    as_json: opt.AsJson = False,
-) -> None:
-    """Compare a candidate with its baseline on the same samples, one by one."""
-    with progress() as progressed:
-        report = steps.evaluate(
-            candidate=model, baseline=baseline, data=data, out=out, split=split, progress=progressed
-        )
-    if as_json:
-        print_json({**report.to_json(), "output": str(out)})
-    else:
-        print_report(report)
-
-
 def gate(
     report: Annotated[Path, typer.Option("--report", help="Evaluation report of `qcore evaluate`.")],
     key: Annotated[Path, typer.Option("--key", help="Private key file of the gate, e.g. KEYS/gate.pem.")],
@@ -251,21 +232,6 @@ def publish(
     else:
         facts = {k: str(v) for k, v in release.to_json().items() if k in ("family", "version", "channel", "counter")}
         print_facts("Published", {**facts, "sha256": release.sha256})
-
-
-def print_report(report: EvaluationReport) -> None:
-    """Print float against candidate."""
-    rows = [("output SQNR", "", f"{report.metrics['output_sqnr_db']:.1f} dB")]
-    if "agreement" in report.metrics:
-        rows.insert(0, ("agreement", "", percent(report.metrics["agreement"])))
-    if report.paired is not None:
-        rows.insert(0, ("top-1", percent(report.metrics["baseline_top1"]), percent(report.metrics["top1"])))
-    ours, theirs = report.model, report.baseline
-    rows += [
-        ("latency p50, 1 thread", f"{theirs.latency_ms.p50:.2f} ms", f"{ours.latency_ms.p50:.2f} ms"),
-        ("file size", size(theirs.size_bytes), size(ours.size_bytes)),
-    ]
-    print_table(f"{report.data.name}/{report.data.split}, {report.n} samples", ("", "baseline", "candidate"), rows)
 
 
 def print_decision(decision: GateDecision) -> None:

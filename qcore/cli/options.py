@@ -44,3 +44,11 @@ Version = Annotated[str, typer.Option("--version", help="Version of this release
 Repository = Annotated[Path, typer.Option("--repository", help="Folder of the signed repository.")]
 Keys = Annotated[Path, typer.Option("--keys", help="Folder of the signing keys.")]
 Channel = Annotated[str, typer.Option("--channel", help="Channel that devices follow.")]
+
+
+def parsed_shard(text: str) -> tuple[int, int]:
+    """Return I and N of `--shard I/N`."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal()):
+        raise typer.BadParameter(f"shard is {text!r}; allowed: I/N such as 1/4", param_hint="--shard")
+    return int(index), int(count)

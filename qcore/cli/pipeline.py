@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcore.cli import options as opt
-from qcore.cli.model import REFUSED, print_decision, print_report
+from qcore.cli.evaluation import print_report
+from qcore.cli.model import REFUSED, print_decision
 from qcore.cli.output import print_facts, print_json, size
 from qcore.cli.workspace import install_on_device, prepare, refresh
 from qcore.errors import ConfigError

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from qcore.config import Config, load_config
 from qcore.errors import DataError
 
+Task = Literal["classification", "regression", "anomaly", "none"]
+Direction = Literal["higher", "lower"]
 Layout = Literal["NCHW", "NHWC", "NC", "N"]
 Floats = float | tuple[float, ...]
 Pixels = Annotated[int, Field(gt=0, le=16384)]
@@ -73,10 +75,15 @@ class DataCard(Config):
     same when absent; for image folders `layout` alone names what the model wants). `inputs` maps model inputs to
     arrays of the npz for models with several inputs. `classes` is a list of names, or a text file whose line k
     starts with the folder name of class k.
+
+    `y` holds class numbers, targets of a regression ((n,) or (n, outputs) floats), or 0 and 1 for anomalies. `slices`
+    names parts of the samples that are judged by themselves: places in the stored data, or the name of an array of
+    whole numbers, each of whose values is a slice. `metrics` names functions `module:function` and whether higher or
+    lower values are better.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
-    task: Literal["classification", "none"] = "classification"
+    task: Task = "classification"
     format: Literal["npz", "image_folder"] | None = None
     path: str | None = None
     layout: Layout | None = None
@@ -89,6 +96,12 @@ class DataCard(Config):
     seed: int = Field(default=0, ge=0)
     splits: dict[str, Split]
     slices: dict[str, tuple[int, ...] | str] | None = None
+    metrics: dict[str, Direction] | None = None
+
+    @property
+    def error_of(self) -> Literal["classification", "none"]:
+        """What outputs are compared as: distributions over classes, or values."""
+        return "classification" if self.task == "classification" else "none"
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@ comparisons do not depend on the order, and a stored array can then be read from
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +16,31 @@ from qcore.data.card import DataCard, Split, load_card
 from qcore.data.images import image_files, read_image
 from qcore.data.npz import NpzFile
 from qcore.data.preprocess import prepare_arrays
+from qcore.data.truth import slices_of, targets_of, targets_of_folders
 from qcore.errors import DataError
 from qcore.files import sha256_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Some samples: `index` (n,) int64 in the stored data, `x` by model input ("" for the only one), `y` (n,) or
-    None where the data has no labels.
-    """  # noqa: D205
+    """Some samples: `index` (n,) int64 in the stored data, `x` by model input ("" for the only one), labels, targets.
+
+    `y` (n,) is None where the data has no classes, `target` (n, outputs) where no regression or anomalies.
+    """
 
     index: NDArray[np.int64]
     x: Mapping[str, NDArray[np.generic]]
     y: NDArray[np.int64] | None
+    target: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dataset:
-    """One split of a card, opened but not read. `indices` is ascending; `sha256` covers samples and preprocessing."""
+    """One split of a card, opened but not read.
+
+    `indices` is ascending; `sha256` covers samples, preprocessing and slices. `targets` (stored samples, outputs) are
+    what a regression or anomalies are held against, of all stored samples; `slices` holds places in the stored data.
+    """
 
     card: DataCard
     folder: Path
@@ -42,6 +49,8 @@ class Dataset:
     indices: tuple[int, ...]
     labels: tuple[int, ...] | None
     sha256: Digest
+    targets: NDArray[np.float64] | None = None
+    slices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -65,8 +74,11 @@ def open_dataset(path: Path, split: str) -> Dataset:
     if split not in card.splits:
         raise DataError(f"data card {card.name} has no split {split!r}; allowed: {', '.join(card.splits)}")
     source = _source(card, folder, card.splits[split])
+    npz, targets = None, None
     if is_image_folder(card, source):
         files = image_files(source, card, folder)
+        targets = targets_of_folders(card, [file.label for file in files])
+        total = len(files)
         indices = _choose(card, split, len(files))
         labels = tuple(files[i].label for i in indices) if card.task == "classification" else None
         content: list[object] = [[files[i].name, sha256_file(source / files[i].name)] for i in indices]
@@ -77,12 +89,15 @@ def open_dataset(path: Path, split: str) -> Dataset:
         total = npz.rows(arrays)
         indices = _choose(card, split, total)
         labels = npz.labels(card.y, total, indices) if card.task == "classification" else None
+        targets = targets_of(card, npz, total)
         content = [*npz.digests(), list(indices)]
     if not indices:
         raise DataError(f"split {split!r} of {card.name} is empty; allowed: at least 1 sample; check the card")
     prepared = card.model_dump(
         mode="json", include={"task", "layout", "model_layout", "preprocess", "inputs", "x", "y"}
     )
+    if card.slices:
+        prepared["slices"] = card.slices
     return Dataset(
         card=card,
         folder=folder,
@@ -91,6 +106,8 @@ def open_dataset(path: Path, split: str) -> Dataset:
         indices=indices,
         labels=labels,
         sha256=sha256_json({"content": content, "prepared": prepared, "split": split}),
+        targets=targets,
+        slices=slices_of(card, npz, total),
     )
 
 
@@ -132,6 +149,12 @@ def some_samples(data: Dataset, n: int) -> Dataset:
     return replace(data, indices=indices, labels=labels, sha256=digest)
 
 
+def part_of(data: Dataset, start: int, stop: int) -> Dataset:
+    """Return the samples of `data` at places `start` to `stop - 1`; the digest stays that of the whole split."""
+    labels = None if data.labels is None else data.labels[start:stop]
+    return replace(data, indices=data.indices[start:stop], labels=labels)
+
+
 def batches(data: Dataset, size: int) -> Iterator[Batch]:
     """Yield the samples of `data`, prepared for the model, `size` at a time (the last batch may be smaller).
 
@@ -151,7 +174,8 @@ def batches(data: Dataset, size: int) -> Iterator[Batch]:
     for group in groups:
         n = len(next(iter(group.values())))
         y = None if data.labels is None else np.array(data.labels[position : position + n], np.int64)
-        yield prepared_batch(data, group, data.indices[position : position + n], y)
+        batch = prepared_batch(data, group, data.indices[position : position + n], y)
+        yield batch if data.targets is None else replace(batch, target=data.targets[batch.index])
         position += n
 
 

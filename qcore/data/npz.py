@@ -52,6 +52,21 @@ class NpzFile:
             raise DataError(f"labels {array!r} in {self.shards[0].name} exceed {MAX_LABEL}; allowed: class numbers")
         return tuple(int(v) for v in y[list(indices), 0])
 
+    def column(self, array: str, total: int) -> NDArray[np.generic]:
+        """Return an array with one row of numbers per sample as (total, values).
+
+        Raises:
+            DataError: no such array, or not one row per sample.
+        """
+        parts = [self._whole(shard, array) for shard in self.shards]
+        rows = np.concatenate([p.reshape(len(p), -1) if p.size and p.ndim else p.reshape(0, 1) for p in parts])
+        if len(rows) != total:
+            raise DataError(
+                f"array {array!r} in {self.shards[0].name} has {len(rows)} rows; allowed: {total}, one per sample; "
+                "correct the card"
+            )
+        return rows
+
     def batches(
         self, arrays: Mapping[str, str], indices: Sequence[int], size: int
     ) -> Iterator[dict[str, NDArray[np.generic]]]:

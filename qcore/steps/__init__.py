@@ -19,8 +19,10 @@ from qcore.steps.guard import OnEpoch as OnEpoch
 from qcore.steps.guard import Progress as Progress
 from qcore.steps.guard import is_first as is_first
 from qcore.steps.judgement import evaluate as evaluate
+from qcore.steps.judgement import evaluate_shard as evaluate_shard
 from qcore.steps.judgement import gate as gate
 from qcore.steps.judgement import load_report as load_report
+from qcore.steps.judgement import merge_reports as merge_reports
 from qcore.steps.layers import layer_paths as layer_paths
 from qcore.steps.layers import layers as layers
 from qcore.steps.lint import LintReport as LintReport

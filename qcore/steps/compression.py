@@ -244,7 +244,7 @@ def gathered(model: "ir.Model", dataset: "Dataset", samples: bool, progress: Pro
     fed = [ort.feeds(loaded, batch) for batch in batches(dataset, size)] if samples else []
     held_out = tuple(fed[HELD_OUT - 1 :: HELD_OUT])
     fit = tuple(f for k, f in enumerate(fed) if (k + 1) % HELD_OUT)
-    return Evidence(table=table, fit=fit, held_out=held_out, batch=size, task=dataset.card.task)
+    return Evidence(table=table, fit=fit, held_out=held_out, batch=size, task=dataset.card.error_of)
 
 
 def apply_to_file(

@@ -209,7 +209,7 @@ def _small_set(model: "ir.Model", samples: "Dataset") -> "SmallSet":
     loaded = ort.load(serialize_model(model))
     size = loaded.fixed_batch or _BATCH
     fed = tuple(ort.feeds(loaded, batch) for batch in batches(samples, size))
-    return SmallSet(batches=fed, task=samples.card.task, predictor=_predictor)
+    return SmallSet(batches=fed, task=samples.card.error_of, predictor=_predictor)
 
 
 def _predictor(model: "ir.Model") -> "Predict":

@@ -142,7 +142,7 @@ def try_recipe(bench: Bench, recipe: "Recipe") -> Tried:
     """
     from qcore.compression import AppliedStep
     from qcore.graph.rewrite import Skipped
-    from qcore.report import report_from_json
+    from qcore.report_file import report_from_json
 
     result = _remembered(bench, [s.model_dump(mode="json") for s in recipe.steps], lambda: _run(bench, recipe))
     # The ladder's steps neither train nor resize: what such steps say in addition is empty.
@@ -163,7 +163,7 @@ def try_recipe(bench: Bench, recipe: "Recipe") -> Tried:
 
 def try_float(bench: Bench) -> "EvaluationReport":
     """Return the report on the float model against itself, remembered like a trial."""
-    from qcore.report import report_from_json
+    from qcore.report_file import report_from_json
 
     result = _remembered(bench, None, lambda: {"report": judged_itself(bench.judge()).to_json()})
     return report_from_json(result["report"])

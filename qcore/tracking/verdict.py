@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcore.files import write_atomic
-from qcore.report import GateDecision, report_from_json
+from qcore.report import GateDecision
+from qcore.report_file import report_from_json
 from qcore.tracking.review import review, summary_metrics, to_html, to_markdown
 from qcore.tracking.tracker import Tracker
 

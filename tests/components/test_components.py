@@ -23,7 +23,7 @@ from qcore.release.evidence import verify_evidence
 from qcore.release.keys import create_keys, load_keys
 from qcore.release.repository import init_repository
 from qcore.release.store import DirectoryStore
-from qcore.report import report_from_json
+from qcore.report_file import report_from_json
 from qcore.tracking.journal import End, Line, Metrics, Params, Start, Tags, journals, read_journal
 
 COMPONENTS = (

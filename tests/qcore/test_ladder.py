@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcore.gate import paired_lower_bound
 from qcore.ladder import Attempt, climb, obstacle_of, out_of_reach, rungs, with_precisions
+from qcore.numerics.bounds import paired_lower_bound
 from qcore.recipe import check_order
 from qcore.report import Check, GateDecision
 from qcore.target import load_target

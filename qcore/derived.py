@@ -1,0 +1,73 @@
+"""Numbers that follow from per-sample results: what `evaluate` writes into a report, and the gate counts again."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcore.numerics.bounds import roc_area
+from qcore.numerics.reliability import expected_calibration_error
+from qcore.report import ByModel, ClassCount, ClassDetails, PairedCounts, Values
+
+Ints = NDArray[np.int64]
+
+
+def paired_counts(candidate: NDArray[np.bool_], baseline: NDArray[np.bool_]) -> PairedCounts:
+    """Return the counts of samples by who is right."""
+    both, right, was_right = (int(np.count_nonzero(x)) for x in (candidate & baseline, candidate, baseline))
+    return PairedCounts(
+        both_right=both,
+        only_candidate_right=right - both,
+        only_baseline_right=was_right - both,
+        both_wrong=len(candidate) - right - was_right + both,
+    )
+
+
+def class_counts(label: Ints, baseline: Ints, candidate: Ints) -> tuple[ClassCount, ...]:
+    """Return support and right answers of every class that has samples."""
+    columns = [np.bincount(label, weights=w) for w in (None, baseline == label, candidate == label)]
+    return tuple(
+        ClassCount(label=k, support=int(n), baseline_right=int(b), candidate_right=int(c))
+        for k, (n, b, c) in enumerate(zip(*columns, strict=True))
+        if n
+    )
+
+
+def confusion(label: Ints, named: Ints) -> tuple[tuple[int, int, int], ...]:
+    """Return the cells (label, predicted, count) of the confusion matrix that are not zero, in order."""
+    width = int(named.max()) + 1
+    cells, counts = np.unique(label * width + named, return_counts=True)
+    labels, predicted = np.divmod(cells, width)
+    return tuple(zip(labels.tolist(), predicted.tolist(), counts.tolist(), strict=True))
+
+
+def class_metrics(paired: PairedCounts, details: ClassDetails) -> dict[str, float]:
+    """Return the metrics of labelled classes: top-1, top-5 and the expected calibration error."""
+    counts = {"top1": paired} | ({} if details.top5 is None else {"top5": details.top5})
+    metrics: dict[str, float] = {}
+    for name, c in counts.items():
+        metrics[name] = (c.both_right + c.only_candidate_right) / c.n
+        metrics[f"baseline_{name}"] = (c.both_right + c.only_baseline_right) / c.n
+        metrics[f"{name}_delta"] = (c.only_candidate_right - c.only_baseline_right) / c.n
+    return metrics | {
+        "ece": _calibration_error(details.candidate),
+        "baseline_ece": _calibration_error(details.baseline),
+    }
+
+
+def _calibration_error(side: ByModel) -> float:
+    rows = np.array([(b.count, b.right, b.confidence) for b in side.reliability], np.float64)
+    return expected_calibration_error(*rows.T)
+
+
+def area_metrics(label: Sequence[int], scores: Values) -> dict[str, float]:
+    """Return the areas under the ROC curves; there must be samples of both kinds."""
+    positive = np.array(label) == 1
+    sides = {"auc": scores.candidate, "baseline_auc": scores.baseline}
+    return {name: roc_area(positive, np.array(column, np.float64)) for name, column in sides.items()}
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of a column, rounded once."""
+    return math.fsum(values) / len(values)

@@ -1,0 +1,144 @@
+"""Part of an evaluation: what one process measured on consecutive samples of a split, and how parts become a report.
+
+An evaluation in one process is the part that holds all samples, so that shards merge to its bytes; only latency
+differs, as it does between any two runs. It is measured by the part with the first sample.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+
+from qcore.canonical import Digest, Json
+from qcore.errors import DataError
+from qcore.evaluation import result_of
+from qcore.report import EvaluationReport, Latency, MeasuredData, MeasuredModel
+from qcore.tally import Tally, merged, tally_from_json, tally_to_json
+
+PART_SCHEMA = "qcore.evaluation-part/1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFile:
+    """Digest and size of a model file."""
+
+    sha256: Digest
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Samples at places `start` to `stop - 1` of a split of `size`.
+
+    `slices` holds the places in the stored data of the whole split; `latencies` those of candidate and baseline, None
+    but in the part with the first sample.
+    """
+
+    model: ModelFile
+    baseline: ModelFile
+    data: MeasuredData
+    slices: Mapping[str, tuple[int, ...]]
+    size: int
+    batch: int
+    runtime: Mapping[str, str]
+    qcore_version: str
+    start: int
+    stop: int
+    latencies: tuple[Latency, Latency] | None
+    tally: Tally
+
+
+SAME = ("model", "baseline", "data", "slices", "size", "batch", "runtime", "qcore_version")
+"""Fields that all parts of one evaluation share."""
+
+
+def merge_parts(parts: Sequence[Part]) -> Part:
+    """Return all parts of a split as one; their order does not matter.
+
+    Raises:
+        DataError: no part, parts of different runs, or samples that are missing or in two of them.
+    """
+    if not parts:
+        raise DataError("there are no parts of an evaluation to merge; pass the files of `qcore evaluate --shard`")
+    ordered = sorted(parts, key=lambda p: p.start)
+    for part in ordered:
+        for name in SAME:
+            if getattr(part, name) != getattr(ordered[0], name):
+                raise DataError(
+                    f"parts disagree on {name}: {_shown(ordered[0], name)} and {_shown(part, name)}; merge shards of "
+                    "one run, on machines of one kind"
+                )
+    place = 0
+    for part in ordered:
+        if part.start != place:
+            state = "missing" if part.start > place else "in two parts"
+            first, last = sorted((place, part.start))
+            raise DataError(f"samples {first} to {last - 1} of the split are {state}; merge every shard once")
+        place = part.stop
+    if place != ordered[0].size:
+        raise DataError(f"samples {place} to {ordered[0].size - 1} of the split are missing; merge every shard once")
+    return replace(ordered[0], stop=place, tally=merged([p.tally for p in ordered]))
+
+
+def _shown(part: Part, name: str) -> str:
+    text = str(getattr(part, name))
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def report_of(part: Part) -> EvaluationReport:
+    """Return the report on a split that is whole.
+
+    Raises:
+        DataError: it is not, or its latency was not measured.
+    """
+    if (part.start, part.stop) != (0, part.size) or part.latencies is None:
+        raise DataError(f"samples {part.start} to {part.stop - 1} of {part.size} are no report; merge all shards first")
+    result = result_of(part.tally)
+    place = {index: k for k, index in enumerate(result.samples.index)}
+    return EvaluationReport(
+        model=MeasuredModel(**asdict(part.model), latency_ms=part.latencies[0]),
+        baseline=MeasuredModel(**asdict(part.baseline), latency_ms=part.latencies[1]),
+        data=part.data,
+        n=result.n,
+        metrics=result.metrics,
+        paired=result.paired,
+        samples=result.samples,
+        runtime=part.runtime,
+        qcore_version=part.qcore_version,
+        details=result.details,
+        slices={name: tuple(place[i] for i in places if i in place) for name, places in part.slices.items()},
+        user_metrics=result.user_metrics,
+    )
+
+
+def part_to_json(part: Part) -> Json:
+    """Return the JSON form (`qcore.evaluation-part/1`)."""
+    flat = {f.name: getattr(part, f.name) for f in fields(Part) if f.name != "tally"}
+    flat |= {name: asdict(flat[name]) for name in ("model", "baseline", "data")}
+    flat["latencies"] = None if part.latencies is None else [asdict(v) for v in part.latencies]
+    return {"schema": PART_SCHEMA, **flat, "tally": tally_to_json(part.tally)}
+
+
+def part_from_json(value: Json) -> Part:
+    """Return the part that `part_to_json` wrote.
+
+    Raises:
+        DataError: it did not.
+    """
+    found = value.get("schema") if isinstance(value, dict) else type(value).__name__
+    if found != PART_SCHEMA:
+        raise DataError(f"expected schema {PART_SCHEMA}, found {found}; pass the files of `qcore evaluate --shard`")
+    try:
+        kept = {k: value[k] for k in ("size", "batch", "runtime", "qcore_version", "start", "stop")}
+        tally, times = tally_from_json(value["tally"]), value["latencies"]
+        if tally.n != value["stop"] - value["start"]:
+            raise ValueError(f"{tally.n} samples for places {value['start']} to {value['stop']}")
+        return Part(
+            **kept,
+            model=ModelFile(**value["model"]),
+            baseline=ModelFile(**value["baseline"]),
+            data=MeasuredData(**value["data"]),
+            slices={k: tuple(v) for k, v in value["slices"].items()},
+            latencies=None if times is None else (Latency(**times[0]), Latency(**times[1])),
+            tally=tally,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        raise DataError(f"the part of an evaluation is damaged ({e}); run `qcore evaluate --shard` again") from e

@@ -1,0 +1,130 @@
+"""Does a report follow from its own samples? What can be counted again is; what does not fit is refused."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from qcore.derived import area_metrics, class_counts, class_metrics, confusion, mean, paired_counts
+from qcore.errors import GateRefused
+from qcore.report import ClassDetails, EvaluationReport, Samples
+
+ROUNDING = 1e-9  # of a number that was computed twice in float64, relative where it is above 1
+AGAIN = "run `qcore evaluate` again"
+
+
+def refuse_contradictions(report: EvaluationReport) -> None:
+    """Refuse a report that lacks what its task has, or whose numbers do not follow from its samples.
+
+    Raises:
+        GateRefused: with the first thing that does not fit.
+    """
+    _refuse_lengths(report)
+    _refuse_parts(report)
+    derived = _derived(report)
+    expected = {"output_sqnr_db", *derived} | set(_errors(report))
+    if odd := sorted(expected ^ set(report.metrics)):
+        state = "lacks" if odd[0] in expected else "should not hold"
+        raise GateRefused(f"the report {state} {odd[0]}; {AGAIN}")
+    if any(not math.isfinite(v) for v in report.metrics.values()):
+        raise GateRefused(f"the report holds a metric that is not finite; {AGAIN}")
+    for name, value in derived.items():
+        if abs(report.metrics[name] - value) > ROUNDING * max(1.0, abs(value)):
+            raise GateRefused(f"the report's {name} does not follow from its samples; {AGAIN}")
+
+
+def _refuse_lengths(report: EvaluationReport) -> None:
+    s = report.samples
+    columns: list[Sequence[float]] = [s.index, *(c for c in (s.label, s.baseline, s.candidate) if c is not None)]
+    columns += [column for v in s.values.values() for column in (v.baseline, v.candidate)]
+    lengths = {len(c) for c in columns}
+    if lengths != {report.n} or report.n == 0:
+        raise GateRefused(f"the report says n={report.n} but holds {sorted(lengths)} samples; {AGAIN}")
+    if len(set(s.index)) != report.n or min(s.index) < 0:
+        raise GateRefused(f"the report counts a sample twice, or one below 0; {AGAIN}")
+    if {name: len(places) for name, places in report.slices.items()} != report.data.slices:
+        raise GateRefused(f"the report's slices are not those of its data; {AGAIN}")
+    for name, places in report.slices.items():
+        if len(set(places)) != len(places) or not all(0 <= k < report.n for k in places):
+            raise GateRefused(f"slice {name} names a sample twice, or one that is not there; {AGAIN}")
+
+
+def _refuse_parts(report: EvaluationReport) -> None:
+    """Refuse a report that lacks what its task has, or has more."""
+    s, task = report.samples, report.data.task
+    labelled = task == "classification"
+    of_task = {"regression": {"absolute_error"}, "anomaly": {"score"}}.get(task, set())
+    named = s.baseline is not None
+    fits = {
+        "labels": (s.label is not None) == (task in ("classification", "anomaly")),
+        "arg-max": named == (s.candidate is not None) and (named == labelled or task == "none"),
+        "paired counts": (report.paired is not None) == labelled,
+        "details of classes": (report.details is not None) == labelled,
+        "values": set(s.values) == of_task | set(report.user_metrics),
+    }
+    for what, fit in fits.items():
+        if not fit:
+            raise GateRefused(f"the report's {what} are not those of task {task}; {AGAIN}")
+
+
+def _derived(report: EvaluationReport) -> dict[str, float]:
+    """Return the metrics that follow from the samples, after a look at everything else that does."""
+    s = report.samples
+    derived: dict[str, float] = {}
+    if s.baseline is not None and s.candidate is not None:
+        derived["agreement"] = float(np.mean(np.array(s.baseline) == np.array(s.candidate)))
+        if min(*s.baseline, *s.candidate) < 0:
+            raise GateRefused(f"the report holds a class below 0; {AGAIN}")
+    if report.details is not None:
+        derived |= _class_metrics(report, report.details, s)
+    if report.data.task == "regression":
+        error = s.values["absolute_error"]
+        derived |= {"mae": mean(error.candidate), "baseline_mae": mean(error.baseline)}
+        if min(*error.candidate, *error.baseline) < 0:
+            raise GateRefused(f"the report holds an absolute error below 0; {AGAIN}")
+    if report.data.task == "anomaly" and s.label is not None:
+        if set(s.label) != {0, 1}:
+            raise GateRefused(f"the report's labels are not both 0 and 1; {AGAIN}")
+        derived |= area_metrics(s.label, s.values["score"])
+    for name in report.user_metrics:
+        values = s.values[name]
+        derived |= {name: mean(values.candidate), f"baseline_{name}": mean(values.baseline)}
+    return derived
+
+
+def _class_metrics(report: EvaluationReport, details: ClassDetails, s: Samples) -> dict[str, float]:
+    columns = (s.label or (), s.baseline or (), s.candidate or ())
+    label, theirs, ours = (np.array(c, np.int64) for c in columns)
+    if label.min() < 0:
+        raise GateRefused(f"the report holds a label below 0; {AGAIN}")
+    paired = paired_counts(ours == label, theirs == label)
+    if report.paired != paired:
+        raise GateRefused(f"the report's paired counts do not follow from its samples; {AGAIN}")
+    follows = [
+        details.classes == class_counts(label, theirs, ours),
+        details.baseline.confusion == confusion(label, theirs),
+        details.candidate.confusion == confusion(label, ours),
+        details.top5 is None or details.top5.n == report.n,
+    ]
+    for side, right in (
+        (details.baseline, paired.both_right + paired.only_baseline_right),
+        (details.candidate, paired.both_right + paired.only_candidate_right),
+    ):
+        bins = side.reliability
+        follows.append((sum(b.count for b in bins), sum(b.right for b in bins)) == (report.n, right))
+        follows.append(all(0 <= b.right <= b.count and 0 <= b.confidence <= 1 for b in bins))
+    if not all(follows):
+        raise GateRefused(f"the report's details of classes do not follow from its samples; {AGAIN}")
+    return class_metrics(paired, details)
+
+
+def _errors(report: EvaluationReport) -> dict[str, float]:
+    """Return the metrics of a regression that its samples do not give, after a look at whether they can be true."""
+    m = report.metrics
+    if report.data.task != "regression":
+        return {}
+    names = ["rmse", "baseline_rmse", *(k for k in ("r2", "baseline_r2") if "r2" in m or "baseline_r2" in m)]
+    for prefix in ("", "baseline_"):
+        if m.get(f"{prefix}rmse", math.inf) < m.get(f"{prefix}mae", 0.0) * (1 - ROUNDING):
+            raise GateRefused(f"the report's {prefix}rmse is below its {prefix}mae; {AGAIN}")
+    return dict.fromkeys(names, 0.0)
