@@ -2,10 +2,10 @@
 
 E_HASH: bytes differ from what was signed. E_STALE: signatures expired. E_ROLLBACK: older than what was seen, or below
 the floor. E_UNSIGNED: too few trusted signatures. E_METADATA: unusable metadata. E_PACKAGE: not a package of ours.
-E_INCOMPATIBLE: not for this device. E_SELFTEST: the self-test said no, or could not run. E_QUARANTINED: failed here
-before. E_NO_RELEASE: nothing offered. E_NO_PREVIOUS: nothing to go back to. E_UNREACHABLE: no answer. E_NOSPACE: disk
-full. E_IO: disk failed. E_BUSY: another agent runs. E_STATE: the state file is damaged. E_CONFIG, E_INTERNAL: see the
-text.
+E_MODEL: a model that is not admitted. E_INCOMPATIBLE: not for this device. E_SELFTEST: the self-test said no, or could
+not run. E_QUARANTINED: failed here before. E_NO_RELEASE: nothing offered. E_NO_PREVIOUS: nothing to go back to.
+E_UNREACHABLE: no answer. E_NOSPACE: disk full. E_IO: disk failed. E_BUSY: another agent runs. E_STATE: the state file
+is damaged. E_CONFIG, E_INTERNAL: see the text.
 
 Nothing here decides; the checks are in `updater.py`.
 """
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import urllib3
 from tuf.api import exceptions as tuf
 
-from qcore.errors import PackageError, UpdateError
+from qcore.errors import ModelError, PackageError, UpdateError
 
 _BY_TUF_ERROR: tuple[tuple[type[Exception], str, str], ...] = (
     (tuf.ExpiredMetadataError, "E_STALE", "the repository's signatures are too old; run `qcore repo refresh` there"),
@@ -60,6 +60,8 @@ def explained(what: str) -> Iterator[None]:
         raise refusal(code, f"{what}: {e}; {advice}; the active model is unchanged") from e
     except PackageError as e:
         raise refusal("E_PACKAGE", f"{what}: {e}") from e
+    except ModelError as e:
+        raise refusal("E_MODEL", f"{what}: {e}; the active model is unchanged") from e
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space" if full else "check state_dir, its owner and the disk"

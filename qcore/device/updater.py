@@ -36,6 +36,8 @@ from qcore.device.source import Source, open_source, require_space
 from qcore.device.state import DeviceState, load_state, locked, save_state
 from qcore.device.trial import try_slot
 from qcore.errors import ConfigError, UpdateError
+from qcore.release.admission import admit_file
+from qcore.release.manifest import MODEL
 from qcore.release.package import read_manifest, unpack_package
 
 Action = Literal["install", "current", "held", "quarantined"]
@@ -314,6 +316,7 @@ def _stage(config: DeviceConfig, source: Source, release: Record, target: Target
     staged = staging_folder(config.state_dir, release.sha256)
     unpack_package(part, staged)
     part.unlink()
+    admit_file(staged / MODEL)
     return place(staged, release)
 
 

@@ -10,18 +10,20 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from securesystemslib.signer import Signer
-from simulators import World, digest, forget_metadata_cache, make_world, now
+from simulators import World, digest, forget_metadata_cache, make_world, now, package_source
 from tuf.api.metadata import Metadata, MetaFile, Snapshot, Targets, Timestamp
 
 from qcore.canonical import sha256_bytes
 from qcore.device.config import DeviceConfig
 from qcore.device.updater import check, install
 from qcore.errors import UpdateError
-from qcore.release.repository import refresh
+from qcore.release.package import build_package
+from qcore.release.repository import publish_release, refresh
 
 
 @pytest.fixture
@@ -262,3 +264,15 @@ def test_over_http_the_same_bytes_arrive(world: World) -> None:
 def test_the_evidence_of_a_release_is_public_beside_it(world: World) -> None:
     path = next(world.store.folder.rglob("*.1.1.0.evidence.json"))
     assert path.name.startswith(sha256_bytes(path.read_bytes()))
+
+
+def test_a_signed_model_that_is_not_admitted_is_not_loaded(world: World) -> None:
+    """Even where gate and publisher let a model pass that looks at files beside it, the device does not."""
+    source = package_source(world.folder / "odd", "1.2.0")
+    model = onnx.load_from_string(source.model.read_bytes())
+    weight = model.graph.initializer[0]
+    weight.external_data.add(key="location", value="../../../etc/passwd")
+    source.model.write_bytes(model.SerializeToString())
+    package = build_package(source, world.folder / "odd.qpkg")
+    publish_release(world.store, world.submission(package), world.keys, now=now())
+    assert "lies in another file" in refused(world.device(), "E_MODEL")
