@@ -31,6 +31,23 @@ def init(
         print_facts("Repository (development keys: not for production)", {**facts, "channels": ", ".join(channels)})
 
 
+@app.command("import-key")
+def import_key(
+    uri: Annotated[str, typer.Argument(help="Where the key lies, e.g. awskms:alias/qcore-gate.")],
+    name: Annotated[str, typer.Option("--name", help="Its role: gate, publisher, snapshot, channel-stable ...")],
+    keys: opt.Keys,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Put a key of a key service into a key ring: its URI and public key, in NAME.signer.json."""
+    from qcore.release.keys import import_signer
+
+    path = import_signer(keys, name, uri)
+    if as_json:
+        print_json({"signer": str(path), "uri": uri})
+    else:
+        print_facts("Key in a service", {"signer": str(path), "uri": uri})
+
+
 @app.command("status")
 def status(repository: opt.Repository, as_json: opt.AsJson = False) -> None:
     """Show every role: version, what is left of its life, and how many keys must sign."""

@@ -1,8 +1,8 @@
-"""Signing keys as files: one ed25519 key per role, PKCS8 PEM, readable by the owner only.
+"""The key ring: one signer per role, in a folder that is readable by the owner only.
 
-`create_keys` makes a whole development ring in one folder. In production each role's key lives with one service, so a
-ring may hold a subset; a function that needs a missing key says which. Nothing here decides what a key may sign: the
-signed root and targets metadata do (`repository.py`). Encrypted files and key services are not here yet.
+`create_keys` makes a whole development ring in one folder: ed25519, PKCS8 PEM. In production each role's key lives with
+one service, so a ring may hold a subset; a function that needs a missing key says which. Nothing here decides what a
+key may sign: the signed root and targets metadata do (`repository.py`). Where a key lies is in `signers.py`.
 """
 
 import os
@@ -11,13 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from securesystemslib.signer import CryptoSigner, Signer
+from securesystemslib.signer import Signer
 
 from qcore.errors import ReleaseError
 from qcore.files import fsync_dir, write_atomic
 from qcore.release.manifest import check_name
+from qcore.release.signers import (
+    SERVICE_SUFFIX,
+    new_private_key,
+    read_passphrase,
+    service_entry,
+    signer_of_pem,
+    signer_of_service,
+)
 
 ROOT_NAMES = ("root1", "root2", "root3")
 """Offline keys of the roles root and targets."""
@@ -28,9 +34,9 @@ PINNED_ROOT = "root.json"
 
 README = """DEVELOPMENT KEYS
 
-Made by qcore for one machine: every role's private key lies unencrypted in this folder, so whoever reads it can
-publish anything. Never copy it to a shared disk or into git. In production the root keys are made offline and each
-online role has its own key service.
+Made by qcore for one machine: every role's private key lies in this folder, so whoever reads it (and knows the
+passphrase, if one was set when they were made) can publish anything. Never copy it to a shared disk or into git. In
+production the root keys are made offline and each online role has its own key service.
 
 root1-3.pem      roles root and targets, any 2 of 3 sign
 gate.pem         signs gate decisions, and each release as the co-signer
@@ -43,7 +49,7 @@ root.json        (made by the repository) the trusted root that devices pin
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyRing:
-    """The signers found in `folder`, by file name without `.pem`."""
+    """The signers found in `folder`, by file name without `.pem` or `.signer.json`."""
 
     folder: Path
     signers: Mapping[str, Signer]
@@ -85,6 +91,8 @@ class KeyRing:
 def create_keys(folder: Path, channels: Sequence[str]) -> KeyRing:
     """Return a new development ring: three root keys, four online keys, and one key per channel.
 
+    The files are encrypted if the environment gives a passphrase (`signers.read_passphrase`).
+
     Args:
         folder: made if missing, mode 0700; a key that exists in it is never overwritten.
         channels: channel names, at least one, of `[a-z0-9._-]`.
@@ -98,8 +106,9 @@ def create_keys(folder: Path, channels: Sequence[str]) -> KeyRing:
         check_name("channel", channel, ReleaseError)
     names = [*ROOT_NAMES, *ONLINE_NAMES, *(f"channel-{c}" for c in dict.fromkeys(channels))]
     for name in names:
-        if (folder / f"{name}.pem").exists():
-            raise ReleaseError(f"{folder / name}.pem exists and is never overwritten; pass an empty folder")
+        for path in (folder / f"{name}.pem", folder / f"{name}{SERVICE_SUFFIX}"):
+            if path.exists():
+                raise ReleaseError(f"{path} exists and is never overwritten; pass an empty folder")
     try:
         if folder.exists() and any(folder.iterdir()):
             _write_ring(folder, names)
@@ -117,8 +126,9 @@ def create_keys(folder: Path, channels: Sequence[str]) -> KeyRing:
 def _write_ring(folder: Path, names: Sequence[str]) -> None:
     if not (folder / "README.txt").exists():
         write_atomic(folder / "README.txt", README.encode())
+    passphrase = read_passphrase()
     for name in names:
-        _write_private(folder / f"{name}.pem", CryptoSigner.generate_ed25519().private_bytes)
+        _write_private(folder / f"{name}.pem", new_private_key(passphrase))
     fsync_dir(folder)
 
 
@@ -128,30 +138,51 @@ def load_keys(folder: Path) -> KeyRing:
     Raises:
         ReleaseError: no such folder, no key in it, or a file that is not a private key.
     """
-    paths = [folder / f"{n}.pem" for n in (*ROOT_NAMES, *ONLINE_NAMES)] + sorted(folder.glob("channel-*.pem"))
-    signers = {p.stem: load_signer(p) for p in paths if p.exists()}
+    signers: dict[str, Signer] = {}
+    for suffix in (".pem", SERVICE_SUFFIX):
+        paths = [folder / f"{n}{suffix}" for n in (*ROOT_NAMES, *ONLINE_NAMES)]
+        for path in (*(p for p in paths if p.exists()), *sorted(folder.glob(f"channel-*{suffix}"))):
+            name = path.name.removesuffix(suffix)
+            if name in signers:
+                raise ReleaseError(f"{folder} holds {name} twice, as file and in a service; remove one of them")
+            signers[name] = load_signer(path)
     if not signers:
-        raise ReleaseError(f"no signing keys in {folder}; expected *.pem; make them with `qcore repo init`")
+        raise ReleaseError(
+            f"no signing keys in {folder}; expected *.pem or *.signer.json; make them with `qcore repo init`"
+        )
     return KeyRing(folder=folder, signers=signers)
 
 
 def load_signer(path: Path) -> Signer:
-    """Return the signer of the private key in the PEM file `path`.
+    """Return the signer that the file `path` holds (`.pem`) or names (`.signer.json`).
 
     Raises:
-        ReleaseError: the file is missing, is not an unencrypted PEM private key, or its key type cannot sign.
+        ReleaseError: the file is missing, damaged or does not open; see `signer_of_pem` and `signer_of_service`.
     """
+    return signer_of_service(path) if path.name.endswith(SERVICE_SUFFIX) else signer_of_pem(path)
+
+
+def import_signer(folder: Path, name: str, uri: str) -> Path:
+    """Return the file in `folder` that now names the key service's key `uri` as the signer `name`.
+
+    Raises:
+        ReleaseError: there is no such role, it has a key already, or the service does not answer.
+    """
+    roles = (*ROOT_NAMES, *ONLINE_NAMES)
+    if name not in roles and not name.startswith("channel-"):
+        raise ReleaseError(f"no role signs with a key named {name!r}; allowed: {', '.join(roles)}, channel-NAME")
+    check_name("signer", name, ReleaseError)
+    path = folder / f"{name}{SERVICE_SUFFIX}"
+    for held in (folder / f"{name}.pem", path):
+        if held.exists():
+            raise ReleaseError(f"{held} exists and is never overwritten; move it away first")
+    entry = service_entry(uri)
     try:
-        return CryptoSigner(load_pem_private_key(path.read_bytes(), None))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, entry)
     except OSError as e:
-        raise ReleaseError(
-            f"signing key {path} cannot be read: {e.strerror}; make keys with `qcore repo init`, or correct the path"
-        ) from e
-    except (ValueError, TypeError, UnsupportedAlgorithm) as e:
-        raise ReleaseError(
-            f"{path} is not an unencrypted PEM private key (PKCS8, ed25519); "
-            "pass the .pem file that `qcore repo init` made"
-        ) from e
+        raise ReleaseError(f"{path} cannot be written: {e.strerror}; pass a folder you can write to") from e
+    return path
 
 
 def _write_private(path: Path, data: bytes) -> None:
