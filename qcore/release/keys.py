@@ -12,8 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from securesystemslib.signer import CryptoSigner, Signer
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
 
 from qcore.errors import ReleaseError
 from qcore.files import fsync_dir, write_atomic
@@ -23,6 +28,9 @@ ROOT_NAMES = ("root1", "root2", "root3")
 """Offline keys of the roles root and targets."""
 ROOT_THRESHOLD = 2
 ONLINE_NAMES = ("gate", "publisher", "snapshot", "timestamp")
+GATE = "gate"
+PUBLIC_GATE = "gate.pub"
+"""The gate's public key, for whoever checks evidence without the repository."""
 PINNED_ROOT = "root.json"
 """The trusted root metadata beside the keys: what the repository is verified against, and what devices pin."""
 
@@ -34,6 +42,7 @@ online role has its own key service.
 
 root1-3.pem      roles root and targets, any 2 of 3 sign
 gate.pem         signs gate decisions, and each release as the co-signer
+gate.pub         its public half, for `qcore gate verify`; no secret
 publisher.pem    signs each release as the publisher
 channel-*.pem    one per channel: which release devices are pointed at
 snapshot.pem, timestamp.pem    freshness
@@ -118,7 +127,10 @@ def _write_ring(folder: Path, names: Sequence[str]) -> None:
     if not (folder / "README.txt").exists():
         write_atomic(folder / "README.txt", README.encode())
     for name in names:
-        _write_private(folder / f"{name}.pem", CryptoSigner.generate_ed25519().private_bytes)
+        made = CryptoSigner.generate_ed25519()
+        _write_private(folder / f"{name}.pem", made.private_bytes)
+        if name == GATE:
+            write_atomic(folder / PUBLIC_GATE, _public_pem(made.private_bytes))
     fsync_dir(folder)
 
 
@@ -152,6 +164,45 @@ def load_signer(path: Path) -> Signer:
             f"{path} is not an unencrypted PEM private key (PKCS8, ed25519); "
             "pass the .pem file that `qcore repo init` made"
         ) from e
+
+
+def create_key(path: Path) -> Signer:
+    """Return the signer of a new ed25519 key in `path`, readable by the owner only; an existing file stays as it is.
+
+    Raises:
+        ReleaseError: `path` exists or cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_private(path, CryptoSigner.generate_ed25519().private_bytes)
+        fsync_dir(path.parent)
+    except FileExistsError as e:
+        raise ReleaseError(f"{path} exists and is never overwritten; pass another path") from e
+    except OSError as e:
+        raise ReleaseError(f"key {path} cannot be written: {e.strerror}; pass a path you can write to") from e
+    return load_signer(path)
+
+
+def load_public_key(path: Path) -> Key:
+    """Return the public key in the PEM file `path`, or the public half of a private one.
+
+    Raises:
+        ReleaseError: the file is missing or holds neither.
+    """
+    try:
+        data = path.read_bytes()
+        if b"PRIVATE KEY" in data:
+            return load_signer(path).public_key
+        return SSlibKey.from_crypto(load_pem_public_key(data))
+    except OSError as e:
+        raise ReleaseError(f"public key {path} cannot be read: {e.strerror}; correct the path") from e
+    except (ValueError, TypeError, UnsupportedAlgorithm) as e:
+        raise ReleaseError(f"{path} is not a public key in PEM; pass gate.pub of the gate's keys") from e
+
+
+def _public_pem(private: bytes) -> bytes:
+    key = load_pem_private_key(private, None).public_key()
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _write_private(path: Path, data: bytes) -> None:
