@@ -73,10 +73,11 @@ def library_path(place: Workspace, model: Path, data: Path, policy: Path, versio
         steps.calibrate(model=at / "p.onnx", data=data, out=at / "t.json")
         steps.quantize(model=at / "p.onnx", table=at / "t.json", out=at / "q.onnx")
         steps.evaluate(candidate=at / "q.onnx", baseline=model, data=data, out=at / "r.json")
-        steps.gate(report=at / "r.json", policy=policy, key=place.keys / "gate.pem", out=at / "e.json")
-        proof = {"evidence": at / "e.json"}
-        steps.package(model=at / "q.onnx", data=data, out=at / "p.qpkg", family="direct", version=version, **proof)
-        steps.publish(package=at / "p.qpkg", repository=place.repository, keys=place.keys, **proof)
+        package = at / "p.qpkg"
+        steps.package(model=at / "q.onnx", data=data, out=package, family="direct", version=version)
+        gated = {"report": at / "r.json", "package": package, "policy": policy, "key": place.keys / "gate.pem"}
+        steps.gate(**gated, out=at / "e.json")
+        steps.publish(package=package, evidence=at / "e.json", repository=place.repository, keys=place.keys)
 
 
 def timed(call: object, *arguments: object) -> float:

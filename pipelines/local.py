@@ -30,7 +30,7 @@ from qcore.tracking.journal import End, Journal, now_ms
 from qcore.tracking.tracker import Tracker
 from qcore.tracking.uploader import Uploaded, Uploader
 
-TASKS = ("prune", "calibrate", "quantize", "evaluate", "gate", "package", "publish")
+TASKS = ("prune", "calibrate", "quantize", "evaluate", "package", "gate", "publish")
 """The tasks of `release` in the order in which they run."""
 
 POLL_S = 0.1
@@ -65,7 +65,8 @@ class ReleaseArguments:
 class ReleaseRun:
     """A run that went through: what was decided and what came of it.
 
-    `package` and `release` (the JSON form of the published release) are None unless the outcome is `pass`. `run_id`
+    `package` is what the decision is about; `release` (the JSON form of what was published) is None unless the outcome
+    is `pass`. `run_id`
     and `url` say where the tracked run is, `tracking_problem` why it is not (fully) there. `folder` holds everything
     the run wrote: `log.txt`, `journal/`, and `kfp/` with the tasks' outputs.
     """
@@ -75,7 +76,7 @@ class ReleaseRun:
     tasks: tuple[Row, ...]
     seconds: float
     folder: Path
-    package: Path | None
+    package: Path
     release: Mapping[str, Json] | None
     run_id: str | None
     url: str | None
@@ -292,7 +293,7 @@ def _result(folder: Path, watch: Watch, uploaded: Uploaded, seconds: float) -> R
         tasks=tuple(watch.rows.values()),
         seconds=seconds,
         folder=folder,
-        package=Path(outputs["package"]["package"]) if "package" in outputs else None,
+        package=Path(str(outputs["package"]["package"])),
         release=json.loads(Path(published["release"]).read_bytes()) if published else None,
         run_id=uploaded.run_id,
         url=uploaded.url,

@@ -26,7 +26,9 @@ from qcore.numerics.bounds import (
     upper_bound,
 )
 from qcore.recount import refuse_contradictions
-from qcore.report import Check, EvaluationReport, GateDecision, Outcome, PairedCounts
+from qcore.report import Check, EvaluationReport, GateDecision, Outcome, PairedCounts, outcome_of
+from qcore.waiver import NOBODY
+from qcore.waiver_policy import WaiverPolicy
 
 MAX_SAMPLES = 10_000_000
 FEWEST_VALUES = 100
@@ -94,7 +96,7 @@ class GatePolicy(Config):
     curve) anomalies; `metrics` names metrics of the user. `agreement` (share of samples
     on which candidate and baseline name the same class) has no drop, only a minimum. `output_sqnr_db` is the least
     ratio of the outputs' power to the power of their error, in dB, over all samples and in every output; it has no
-    confidence bound.
+    confidence bound. `waivers` says who may override which checks; without it nobody may.
     """
 
     name: str = "default"
@@ -109,6 +111,7 @@ class GatePolicy(Config):
     slices: GroupLimit | None = None
     classes: GroupLimit | None = None
     budgets: Budgets = Budgets()
+    waivers: WaiverPolicy | None = None
 
     @model_validator(mode="after")
     def _asks_something(self) -> "GatePolicy":
@@ -158,10 +161,8 @@ def decide(report: EvaluationReport, policy: GatePolicy) -> GateDecision:
         *_group_checks(report, policy),
         *_budget_checks(report, policy),
     ]
-    outcomes = {c.outcome for c in checks}
-    outcome: Outcome = "fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass"
     return GateDecision(
-        outcome=outcome,
+        outcome=outcome_of(checks),
         checks=tuple(checks),
         confidence=policy.confidence,
         n=report.n,
@@ -172,6 +173,7 @@ def decide(report: EvaluationReport, policy: GatePolicy) -> GateDecision:
         report_sha256=report.sha256,
         qcore_version=report.qcore_version,
         metrics=dict(report.metrics),
+        override=NOBODY if policy.waivers is None else policy.waivers.override,
     )
 
 

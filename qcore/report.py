@@ -5,17 +5,30 @@ made is in `evaluation.py` and `gate.py`; how a decision is signed is in `releas
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from qcore.canonical import Digest, Json, sha256_json
 from qcore.errors import GateRefused
+from qcore.waiver import (
+    NOBODY,
+    Binding,
+    Override,
+    SignedWaiver,
+    WaivedCheck,
+    Waiver,
+    override_from_json,
+    refuse_not_permitted,
+    refuse_other_subject,
+    signed_waiver_from_json,
+)
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 REPORT_SCHEMA = "qcore.evaluation/2"
-DECISION_SCHEMA = "qcore.decision/1"
+DECISION_SCHEMA = "qcore.decision/2"
 Task = Literal["classification", "regression", "anomaly", "none"]
 Direction = Literal["higher", "lower"]
 
@@ -261,10 +274,33 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GatedPackage:
+    """The package that a decision is about: SHA-256 of all its bytes and of its manifest, and what devices call it."""
+
+    sha256: Digest
+    manifest_sha256: Digest
+    family: str
+    version: str
+
+    def __post_init__(self) -> None:
+        """Refuse what names no package."""
+        _check_digest(self.sha256)
+        _check_digest(self.manifest_sha256)
+        if not all(isinstance(v, str) and v for v in (self.family, self.version)):
+            raise GateRefused(f"package is called {self.family!r} {self.version!r}; allowed: text; package again")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GateDecision:
     """The outcome for one model, bound by digest to everything it was derived from.
 
-    Invariant: `outcome` is `pass` only if there is at least one check and all checks pass.
+    `package` is what may be published on it, None for a local decision. `override` says who may waive checks of the
+    policy, `waivers` who did; a waived check keeps its own outcome.
+
+    Invariant: `outcome` is `pass` only if there is at least one check and all checks pass or are waived; `fail` and
+    `inconclusive` only if a check that is not waived says so. Every waiver is about exactly this decision, within what
+    `override` permits, and waives checks that did not pass; none is waived twice. Signatures and expiry are for
+    `release/waivers.py`.
     """
 
     outcome: Outcome
@@ -278,17 +314,86 @@ class GateDecision:
     report_sha256: Digest
     qcore_version: str
     metrics: Mapping[str, float] = field(default_factory=dict)
+    override: Override = NOBODY
+    package: GatedPackage | None = None
+    waivers: tuple[SignedWaiver, ...] = ()
 
     def __post_init__(self) -> None:
-        """Hold the invariant: a pass cannot be built from anything but passed checks."""
-        passed = bool(self.checks) and all(c.outcome == "pass" for c in self.checks)
-        if (self.outcome == "pass") != passed:
+        """Hold the invariant, also for a decision from a file: a pass cannot be built from anything else."""
+        _ = self.binding  # refuses what is no digest
+        for signed in self.waivers:
+            refuse_not_permitted(signed.waiver, self.override)
+            refuse_other_subject(signed.waiver, self.binding)
+            _refuse_other_checks(signed.waiver, self.checks)
+        waived = [c.name for signed in self.waivers for c in signed.waiver.checks]
+        if len(set(waived)) != len(waived):
+            raise GateRefused(f"waivers: {', '.join(waived)}: a check is waived twice; pass one waiver for each check")
+        if self.outcome != outcome_of(self.checks, waived):
             states = ", ".join(f"{c.name}={c.outcome}" for c in self.checks) or "no checks"
-            raise GateRefused(f"decision says {self.outcome} but its checks say {states}; run `qcore gate` again")
+            by = f" and {', '.join(waived)} waived" if waived else ""
+            raise GateRefused(f"decision says {self.outcome} but its checks say {states}{by}; run `qcore gate` again")
+
+    @property
+    def binding(self) -> Binding:
+        """The digests that a waiver of this decision must name."""
+        return Binding(
+            model=self.model_sha256,
+            baseline=self.baseline_sha256,
+            data=self.data_sha256,
+            policy=self.policy_sha256,
+            report=self.report_sha256,
+            package=None if self.package is None else self.package.sha256,
+        )
+
+    @property
+    def waived(self) -> Mapping[str, Waiver]:
+        """The waivers by the names of the checks that did not pass and yet do not stop the release."""
+        return MappingProxyType({c.name: s.waiver for s in self.waivers for c in s.waiver.checks})
 
     def to_json(self) -> Json:
-        """Return the JSON form (`qcore.decision/1`)."""
+        """Return the JSON form (`qcore.decision/2`)."""
         return {"schema": DECISION_SCHEMA, **asdict(self)}
+
+
+def outcome_of(checks: Sequence[Check], waived: Collection[str] = ()) -> Outcome:
+    """Return what the checks say together if those named in `waived` are left out; without any check, `fail`."""
+    outcomes = {c.outcome for c in checks if c.name not in waived}
+    if "fail" in outcomes or not checks:
+        return "fail"
+    return "inconclusive" if "inconclusive" in outcomes else "pass"
+
+
+def waived_check(check: Check) -> WaivedCheck:
+    """Return `check` as a waiver names it.
+
+    Raises:
+        GateRefused: the check passes, or says nothing because nothing was measured.
+    """
+    if check.outcome == "pass":
+        raise GateRefused(f"check {check.name} passes and needs no waiver; leave it out")
+    if check.groups and all(g.outcome == "not judged" for g in check.groups):
+        raise GateRefused(
+            f"check {check.name} judged nothing ({check.reason}); data that are missing cannot be waived; add samples"
+        )
+    return WaivedCheck(
+        name=check.name, outcome=check.outcome, observed=check.observed, bound=check.bound, limit=check.limit
+    )
+
+
+def _refuse_other_checks(waiver: Waiver, checks: Sequence[Check]) -> None:
+    """Refuse a waiver of checks that this decision does not hold with exactly these numbers."""
+    by_name = {c.name: c for c in checks}
+    for waived in waiver.checks:
+        if waived.name not in by_name:
+            raise GateRefused(
+                f"waiver of {waiver.owner.name} waives {waived.name}, which this decision does not ask; "
+                f"allowed: {', '.join(by_name)}; leave it out"
+            )
+        if waived_check(by_name[waived.name]) != waived:
+            raise GateRefused(
+                f"waiver of {waiver.owner.name} is about {waived.name} with other values than this decision; "
+                "waive the evidence of exactly this decision"
+            )
 
 
 def _shallow(value: Any) -> dict[str, Any]:
@@ -313,9 +418,16 @@ def decision_from_json(value: Json) -> GateDecision:
             the checks.
     """
     v = _fields(value, DECISION_SCHEMA)
+    if odd := sorted({f.name for f in fields(GateDecision)} ^ set(v)):
+        raise GateRefused(f"gate decision: field {odd[0]!r} is missing or unknown; run `qcore gate` again")
     try:
         checks = tuple(Check(**{**c, "groups": tuple(Group(**g) for g in c.get("groups", ()))}) for c in v["checks"])
-        decision = GateDecision(**{**v, "checks": checks})
+        rest = {
+            "override": override_from_json(v["override"]),
+            "package": None if v["package"] is None else GatedPackage(**v["package"]),
+            "waivers": tuple(map(signed_waiver_from_json, v["waivers"])),
+        }
+        decision = GateDecision(**{**v, "checks": checks, **rest})
     except (KeyError, TypeError, AttributeError) as e:
         raise GateRefused(f"gate decision: field {e} is wrong or missing; run `qcore gate` again") from e
     if decision.outcome not in get_args(Outcome):

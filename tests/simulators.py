@@ -20,7 +20,8 @@ from qcore.release.manifest import Compatibility, Golden, Provenance, TensorInfo
 from qcore.release.package import Package, PackageSource, build_package
 from qcore.release.repository import Release, Submission, init_repository, publish_release
 from qcore.release.store import DirectoryStore, Object
-from qcore.report import Check, GateDecision, Outcome
+from qcore.release.subject import manifest_digest
+from qcore.report import Check, GateDecision, GatedPackage, Outcome
 
 FAMILY = "digits"
 HARDWARE = "x86-vnni"
@@ -69,12 +70,23 @@ def package_source(folder: Path, version: str = "1.0.0", *, seed: int = 0, error
         inputs=(TensorInfo(name="x", dtype="float32", shape=("N", 4)),),
         outputs=(TensorInfo(name="y", dtype="float32", shape=("N", 3)),),
         golden_limits=Golden(n=5, max_abs_error=1e-4, argmax_agreement=1.0),
-        provenance=Provenance(baseline_sha256=BASELINE, data_sha256=DATA, policy_sha256=POLICY, qcore_version="0.1.0"),
+        provenance=Provenance(data_sha256=DATA, qcore_version="0.1.0"),
     )
 
 
+def gated(package: Package) -> GatedPackage:
+    """Return `package` as a decision names it."""
+    m = package.manifest
+    return GatedPackage(sha256=package.sha256, manifest_sha256=manifest_digest(m), family=m.family, version=m.version)
+
+
+def about(package: Package, outcome: Outcome = "pass") -> GateDecision:
+    """Return a gate decision about this package."""
+    return dataclasses.replace(decision(package.manifest.model_sha256, outcome), package=gated(package))
+
+
 def decision(model_sha256: str, outcome: Outcome = "pass") -> GateDecision:
-    """Return a gate decision about the model of this digest."""
+    """Return a gate decision about the model of this digest, local: it names no package."""
     bound = 0.97 if outcome == "pass" else 0.95
     check = Check(name="top1", outcome=outcome, observed=0.98, bound=bound, limit=0.96, reason="measured")
     return GateDecision(
@@ -105,7 +117,7 @@ class World:
         return build_package(source, self.folder / f"{version}-{seed}.qpkg")
 
     def evidence(self, package: Package, outcome: Outcome = "pass") -> bytes:
-        return sign_decision(decision(package.manifest.model_sha256, outcome), self.keys.signer("gate"))
+        return sign_decision(about(package, outcome), self.keys.signer("gate"))
 
     def submission(self, package: Package) -> Submission:
         return Submission(package=package.path, evidence=self.evidence(package))

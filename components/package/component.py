@@ -9,19 +9,17 @@ from qcore.components.images import IMAGE
 def package(
     model: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
-    evidence: dsl.Input[dsl.Artifact],
     package: dsl.Output[dsl.Artifact],
     family: str,
     version: str,
     target: str = "x86-avx2",
     split: str = "evaluation",
 ) -> None:
-    """Build the package that devices install, from the model that the evidence is about.
+    """Build the package that devices install; the gate decides about it afterwards.
 
     Args:
-        model: ONNX model that passed the gate.
+        model: ONNX model, the candidate that is evaluated.
         data: Data-set card (YAML), or a folder holding exactly one; golden samples come from it.
-        evidence: The gate's signed decision.
         package: The .qpkg file.
         family: Name of the model on devices.
         version: Release version.
@@ -35,10 +33,9 @@ def package(
     from qcore.tracking.tracker import Tracker
 
     with Tracker("package") as t:
-        files = {"model": Path(model.path), "data": Path(data.path), "evidence": Path(evidence.path)}
-        out = Path(package.path)
-        result = steps.package(**files, out=out, family=family, version=version, target=target, split=split)
-        package.metadata.update(file_facts(out, "qpkg"))
+        files = {"model": Path(model.path), "data": Path(data.path), "out": Path(package.path)}
+        result = steps.package(**files, family=family, version=version, target=target, split=split)
+        package.metadata.update(file_facts(result.path, "qpkg"))
         t.params({"family": family, "version": version, "target": target})
         t.metrics({"package_bytes": result.size_bytes}, on="parent")
         t.tags({"qcore.package.sha256": result.sha256}, on="parent")

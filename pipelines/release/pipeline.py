@@ -63,13 +63,14 @@ def release(
     candidate = tracked(quantized, cache=True).outputs["quantized"]
     digests = {"data_sha256": data_sha256, "baseline_sha256": model_sha256}
     evaluated = tracked(evaluate(candidate=candidate, baseline=model, **measured, **digests))
-    gated = tracked(gate(report=evaluated.outputs["report"], key=f"{keys}/gate.pem", policy=policy))
+    named = {"family": family, "version": version, "target": target}
+    packed = tracked(package(model=candidate, **measured, **named)).outputs["package"]
+    judged = {"report": evaluated.outputs["report"], "package": packed}
+    gated = tracked(gate(**judged, key=f"{keys}/gate.pem", policy=policy))
     kubernetes.use_secret_as_volume(gated, GATE_KEY_VOLUME, mount_path=KEYS)
     evidence = gated.outputs["evidence"]
 
     with dsl.If(gated.outputs["Output"] == "pass", name="passed"):
-        named = {"family": family, "version": version, "target": target}
-        packed = tracked(package(model=candidate, evidence=evidence, **measured, **named)).outputs["package"]
         published = publish(package=packed, evidence=evidence, repository=repository, keys=keys, channel=channel)
         kubernetes.use_secret_as_volume(tracked(published), PUBLISHER_KEYS_VOLUME, mount_path=KEYS)
         kubernetes.mount_pvc(published, REPOSITORY_VOLUME, mount_path=REPOSITORY)

@@ -175,8 +175,7 @@ def _facts(shown: _Shown) -> dict[str, object]:
 
 def _print(shown: _Shown, place: Workspace) -> None:
     good, coarse = shown.reports
-    package = shown.good.package
-    download = package.stat().st_size if package is not None else 0
+    downloads = [size(run.package.stat().st_size) for run in (shown.good, shown.coarse)]
     check, stopped = shown.good.decision.checks[0], shown.coarse.decision.checks[0]
     rows = [
         (
@@ -188,12 +187,12 @@ def _print(shown: _Shown, place: Workspace) -> None:
         ("agreement with float", "", percent(good.metrics["agreement"]), percent(coarse.metrics["agreement"])),
         ("latency p50, 1 thread", *(f"{m.latency_ms.p50:.3f} ms" for m in (good.baseline, good.model, coarse.model))),
         ("file size", *(size(m.size_bytes) for m in (good.baseline, good.model, coarse.model))),
-        ("download (zstd / package)", size(shown.float_download), size(download), "-"),
+        ("download (zstd / package)", size(shown.float_download), *downloads),
         ("gate", "", shown.good.outcome, shown.coarse.outcome),
         ("top-1 drop, worst case at 95 %", "", percent(-(check.bound or 0)), percent(-(stopped.bound or 0))),
     ]
     print_table(f"digits, {good.n} evaluation images", ("", "float", GOOD, COARSE), rows)
-    print(f"limit: {percent(-check.limit)} drop, so {GOOD} was released and {COARSE} was stopped before packaging")
+    print(f"limit: {percent(-check.limit)} drop, so {GOOD} was released and {COARSE} was stopped before publishing")
     print(
         f"device: serves {shown.installed.version} after its self-test; "
         f"for the first image it says {shown.prediction} (label {shown.label})"

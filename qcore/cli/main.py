@@ -12,7 +12,20 @@ import typer
 from typer.exceptions import TyperException
 
 from qcore import __version__
-from qcore.cli import calibration, demo, evaluation, layers, lint, model, parity, pipeline, repo, tracking, training
+from qcore.cli import (
+    calibration,
+    demo,
+    evaluation,
+    gate,
+    layers,
+    lint,
+    model,
+    parity,
+    pipeline,
+    repo,
+    tracking,
+    training,
+)
 from qcore.cli.output import print_json
 from qcore.errors import QcoreError
 from qcore.steps import is_first
@@ -42,10 +55,10 @@ app.command("parity")(parity.parity)
 app.command("layers")(layers.layers)
 app.command("sensitivity")(layers.sensitivity)
 app.command("mixed")(layers.mixed)
-app.command("gate")(model.gate)
 app.command("package")(model.package)
 app.command("publish")(model.publish)
 app.command("demo")(demo.demo)
+app.add_typer(gate.app, name="gate")
 app.add_typer(repo.app, name="repo")
 app.add_typer(pipeline.app, name="pipeline")
 app.add_typer(tracking.app, name="mlflow")

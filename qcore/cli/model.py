@@ -177,27 +177,9 @@ def _print_ladder(result: steps.AutoSummary) -> None:
     print_table(f"Ladder, judged on {result.judged_on}; * nothing beats it in all columns", columns, rows)
 
 
-def gate(
-    report: Annotated[Path, typer.Option("--report", help="Evaluation report of `qcore evaluate`.")],
-    key: Annotated[Path, typer.Option("--key", help="Private key file of the gate, e.g. KEYS/gate.pem.")],
-    out: opt.Out,
-    policy: opt.Policy = None,
-    as_json: opt.AsJson = False,
-) -> None:
-    """Decide whether the candidate may be released, and sign the decision. Exit code 3 unless it passes."""
-    decision = steps.gate(report=report, out=out, key=key, policy=policy)
-    if as_json:
-        print_json({**decision.to_json(), "output": str(out)})
-    else:
-        print_decision(decision)
-    if decision.outcome != "pass":
-        raise typer.Exit(REFUSED)
-
-
 def package(
-    model: Annotated[Path, typer.Option("--model", help="The model that passed the gate.")],
+    model: Annotated[Path, typer.Option("--model", help="The candidate.")],
     data: opt.Data,
-    evidence: Annotated[Path, typer.Option("--evidence", help="Signed decision of `qcore gate`.")],
     out: opt.Out,
     family: opt.Family,
     version: opt.Version,
@@ -207,10 +189,8 @@ def package(
     split: opt.EvaluationSplit = "evaluation",
     as_json: opt.AsJson = False,
 ) -> None:
-    """Build the package that devices download: model, golden samples, manifest."""
-    built = steps.package(
-        model=model, data=data, evidence=evidence, out=out, family=family, version=version, target=target, split=split
-    )
+    """Build the package that devices download: model, golden samples, manifest. The gate decides about it."""
+    built = steps.package(model=model, data=data, out=out, family=family, version=version, target=target, split=split)
     if as_json:
         print_json(built.to_json())
     else:
@@ -235,9 +215,14 @@ def publish(
 
 
 def print_decision(decision: GateDecision) -> None:
-    """Print the checks, then the outcome in one line."""
+    """Print the checks, then the outcome in one line, and who overrode it or may."""
     rows = [
-        (c.name, *(("-" if v is None else f"{v:.4f}") for v in (c.observed, c.bound, c.limit)), c.outcome, c.reason)
+        (
+            c.name,
+            *(("-" if v is None else f"{v:.4f}") for v in (c.observed, c.bound, c.limit)),
+            f"{c.outcome}, waived" if c.name in decision.waived else c.outcome,
+            c.reason,
+        )
         for c in decision.checks
     ]
     title = f"Gate, {percent(decision.confidence)} one-sided confidence, {decision.n} samples"
@@ -245,6 +230,10 @@ def print_decision(decision: GateDecision) -> None:
     needs = max((c.needs_samples or 0 for c in decision.checks), default=0)
     more = f" (about {needs} more samples would decide)" if needs else ""
     print(f"outcome: {decision.outcome}{more}")
+    for signed in decision.waivers:
+        print(f"waiver: {signed.waiver.sentence()}")
+    if decision.outcome != "pass" or decision.waivers:
+        print(decision.override.sentence())
 
 
 def print_summary(summary: steps.CompressionSummary, as_json: bool) -> None:

@@ -43,7 +43,7 @@ def run(
     device: Annotated[bool, typer.Option(help="Install a passed release on a device in the workspace.")] = True,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Run prune, calibrate, quantize, evaluate, gate, package, publish; then a local device installs the release.
+    """Run prune, calibrate, quantize, evaluate, package, gate, publish; then a local device installs the release.
 
     Exit code 3 unless the gate passes.
     """
@@ -127,7 +127,7 @@ def _facts(finished: "ReleaseRun", installed: "Installed | None") -> dict[str, o
         "breaches": _breaches(finished),
         "seconds": finished.seconds,
         "folder": str(finished.folder),
-        "package": str(finished.package) if finished.package else None,
+        "package": str(finished.package),
         "release": dict(finished.release) if finished.release else None,
         "tracking": {"run_id": finished.run_id, "url": finished.url, "problem": finished.tracking_problem},
         "device": installed.to_json() if installed else None,
@@ -148,8 +148,8 @@ def _print_run(finished: "ReleaseRun", installed: "Installed | None") -> None:
     facts = {"run": str(finished.folder), "time": f"{finished.seconds:.1f} s"}
     if breaches := _breaches(finished):
         facts["target"] = f"the model breaks its profile in {len(breaches)} places; `qcore lint` names them"
-    if finished.package is not None:
-        facts["package"] = f"{finished.package} ({size(finished.package.stat().st_size)} to download)"
+    stopped = "" if finished.release else ", not published"
+    facts["package"] = f"{finished.package} ({size(finished.package.stat().st_size)} to download{stopped})"
     if installed is not None:
         facts["device"] = f"serves {installed.version} from {installed.slot}"
     if finished.url:

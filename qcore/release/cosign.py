@@ -17,6 +17,8 @@ from qcore.errors import GateRefused
 from qcore.release.evidence import verify_evidence
 from qcore.release.manifest import ReleaseManifest
 from qcore.release.metadata import LIFETIMES
+from qcore.release.subject import manifest_digest
+from qcore.release.waivers import refuse_expired
 from qcore.report import GateDecision
 
 PACKAGE_SUFFIX = ".qpkg"
@@ -32,29 +34,40 @@ class Proof:
     evidence: bytes
 
 
-def check_evidence(proof: Proof, gate_keys: Sequence[Key]) -> GateDecision:
-    """Return the decision if it is signed by the gate, a pass, and about the model inside the package.
+def check_evidence(proof: Proof, gate_keys: Sequence[Key], now: datetime) -> GateDecision:
+    """Return the decision if it is signed by the gate, a pass at `now` (aware), and about exactly this package.
+
+    A pass that rests on waivers is one for as long as they hold.
 
     Raises:
         GateRefused: it is not; the message says which.
     """
     decision = verify_evidence(proof.evidence, gate_keys)
     if decision.outcome != "pass":
-        failed = ", ".join(f"{c.name}: {c.outcome}" for c in decision.checks if c.outcome != "pass")
+        open_checks = [c for c in decision.checks if c.outcome != "pass" and c.name not in decision.waived]
+        failed = ", ".join(f"{c.name}: {c.outcome}" for c in open_checks)
         raise GateRefused(f"gate outcome is {decision.outcome} ({failed}); only a pass is released; mend the model")
+    refuse_expired(decision, now)
     found = proof.manifest.model_sha256
     if found != decision.model_sha256:
         raise GateRefused(
             f"the package holds model {found[:12]}, a model that was not the one evaluated "
             f"({decision.model_sha256[:12]}); evaluate and gate the model that is packaged"
         )
-    stated = proof.manifest.provenance
-    if stated and (stated.baseline_sha256, stated.data_sha256, stated.policy_sha256) != (
-        decision.baseline_sha256,
-        decision.data_sha256,
-        decision.policy_sha256,
-    ):
-        raise GateRefused("the package states another baseline, data set or policy than the evidence; package again")
+    gated = decision.package
+    if gated is None:
+        raise GateRefused(
+            "the evidence names no package: it is a local decision about a model; run "
+            "`qcore gate --report R --package P` with the package that is to be published"
+        )
+    if gated.sha256 != proof.sha256:
+        raise GateRefused(
+            f"the evidence is about package {gated.sha256[:12]} ({gated.family} {gated.version}), this one is "
+            f"{proof.sha256[:12]}; publish the package that was gated, or gate this one"
+        )
+    m = proof.manifest
+    if (gated.manifest_sha256, gated.family, gated.version) != (manifest_digest(m), m.family, m.version):
+        raise GateRefused("the evidence states another manifest than the package holds; run `qcore gate` again")
     return decision
 
 
@@ -66,7 +79,7 @@ def cosign(old: Targets, new: Targets, proofs: Mapping[str, Proof], gate_keys: S
         new: the proposal; its version and expiry are already set.
         proofs: by target path of every added package.
         gate_keys: the gate keys of the signed delegation.
-        now: aware; bounds the expiry.
+        now: aware; bounds the expiry, and waivers must hold then.
 
     Raises:
         GateRefused: with the first reason not to.
@@ -85,7 +98,7 @@ def cosign(old: Targets, new: Targets, proofs: Mapping[str, Proof], gate_keys: S
         )
     counter = max_counter(old)
     for path in sorted(packages, key=lambda p: _custom(added[p], "counter")):
-        _check_package(path, added, proofs[path], gate_keys)
+        _check_package(path, added, proofs[path], (gate_keys, now))
         if _custom(added[path], "counter") <= counter:
             raise _refusal(f"{path}: counter {_custom(added[path], 'counter')} is not above {counter}")
         counter = _custom(added[path], "counter")
@@ -101,13 +114,15 @@ def max_counter(role: Targets) -> int:
     return max((_custom(t, "counter") for p, t in role.targets.items() if p.endswith(PACKAGE_SUFFIX)), default=0)
 
 
-def _check_package(path: str, added: Mapping[str, TargetFile], proof: Proof, gate_keys: Sequence[Key]) -> None:
+def _check_package(
+    path: str, added: Mapping[str, TargetFile], proof: Proof, trust: tuple[Sequence[Key], datetime]
+) -> None:
     m = proof.manifest
     if path != f"models/{m.family}/{m.version}{PACKAGE_SUFFIX}" or added[path].hashes != {"sha256": proof.sha256}:
         raise _refusal(f"{path} is not the package of {m.family} {m.version} that was checked")
     if added[evidence_path(path)].hashes != {"sha256": sha256_bytes(proof.evidence)}:
         raise _refusal(f"{evidence_path(path)} is not the evidence that was checked")
-    decision = check_evidence(proof, gate_keys)
+    decision = check_evidence(proof, *trust)
     custom = added[path].custom
     if custom.get("model_sha256") != decision.model_sha256 or custom.get("evidence") != evidence_path(path):
         raise _refusal(f"{path}: its custom data do not name the evaluated model and its evidence")

@@ -5,20 +5,23 @@ one service, so a ring may hold a subset; a function that needs a missing key sa
 key may sign: the signed root and targets metadata do (`repository.py`). Where a key lies is in `signers.py`.
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from securesystemslib.signer import Signer
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from securesystemslib.signer import Key, Signer, SSlibKey
 
 from qcore.errors import ReleaseError
 from qcore.files import fsync_dir, write_atomic
 from qcore.release.manifest import check_name
 from qcore.release.signers import (
     SERVICE_SUFFIX,
-    new_private_key,
+    new_key,
     read_passphrase,
     service_entry,
     signer_of_pem,
@@ -29,6 +32,9 @@ ROOT_NAMES = ("root1", "root2", "root3")
 """Offline keys of the roles root and targets."""
 ROOT_THRESHOLD = 2
 ONLINE_NAMES = ("gate", "publisher", "snapshot", "timestamp")
+GATE = "gate"
+PUBLIC_GATE = "gate.pub"
+"""The gate's public key, for whoever checks evidence without the repository."""
 PINNED_ROOT = "root.json"
 """The trusted root metadata beside the keys: what the repository is verified against, and what devices pin."""
 
@@ -40,6 +46,7 @@ production the root keys are made offline and each online role has its own key s
 
 root1-3.pem      roles root and targets, any 2 of 3 sign
 gate.pem         signs gate decisions, and each release as the co-signer
+gate.pub         its public half, for `qcore gate verify`; no secret
 publisher.pem    signs each release as the publisher
 channel-*.pem    one per channel: which release devices are pointed at
 snapshot.pem, timestamp.pem    freshness
@@ -128,7 +135,10 @@ def _write_ring(folder: Path, names: Sequence[str]) -> None:
         write_atomic(folder / "README.txt", README.encode())
     passphrase = read_passphrase()
     for name in names:
-        _write_private(folder / f"{name}.pem", new_private_key(passphrase))
+        private, public = new_key(passphrase)
+        _write_private(folder / f"{name}.pem", private)
+        if name == GATE:
+            write_atomic(folder / PUBLIC_GATE, public)
     fsync_dir(folder)
 
 
@@ -180,9 +190,45 @@ def import_signer(folder: Path, name: str, uri: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, entry)
+        if name == GATE:
+            write_atomic(folder / PUBLIC_GATE, json.loads(entry)["public_key"]["key"]["keyval"]["public"].encode())
     except OSError as e:
         raise ReleaseError(f"{path} cannot be written: {e.strerror}; pass a folder you can write to") from e
     return path
+
+
+def create_key(path: Path) -> Signer:
+    """Return the signer of a new ed25519 key in `path`, readable by the owner only; an existing file stays as it is.
+
+    Raises:
+        ReleaseError: `path` exists or cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_private(path, new_key(read_passphrase())[0])
+        fsync_dir(path.parent)
+    except FileExistsError as e:
+        raise ReleaseError(f"{path} exists and is never overwritten; pass another path") from e
+    except OSError as e:
+        raise ReleaseError(f"key {path} cannot be written: {e.strerror}; pass a path you can write to") from e
+    return load_signer(path)
+
+
+def load_public_key(path: Path) -> Key:
+    """Return the public key in the PEM file `path`, or the public half of a private one.
+
+    Raises:
+        ReleaseError: the file is missing or holds neither.
+    """
+    try:
+        data = path.read_bytes()
+        if b"PRIVATE KEY" in data or path.name.endswith(SERVICE_SUFFIX):
+            return load_signer(path).public_key
+        return SSlibKey.from_crypto(load_pem_public_key(data))
+    except OSError as e:
+        raise ReleaseError(f"public key {path} cannot be read: {e.strerror}; correct the path") from e
+    except (ValueError, TypeError, UnsupportedAlgorithm) as e:
+        raise ReleaseError(f"{path} is not a public key in PEM; pass gate.pub of the gate's keys") from e
 
 
 def _write_private(path: Path, data: bytes) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from qcore.canonical import Digest, Json
 from qcore.errors import PackageError, QcoreError
 
-MANIFEST_SCHEMA = "qcore.manifest/1"
+MANIFEST_SCHEMA = "qcore.manifest/2"
 MODEL = "model.onnx"
 GOLDEN = "golden.npz"
 LABELS = "labels.json"
@@ -70,11 +70,13 @@ class Golden:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """Digests of what the model was measured against; the signed decision holds the same ones."""
+    """Where the golden samples come from (digest of the split) and what built the package.
 
-    baseline_sha256: Digest
+    The gate refuses a package whose samples are not of the data that were measured; what else the model was held
+    against stands in the signed decision, which names the package.
+    """
+
     data_sha256: Digest
-    policy_sha256: Digest
     qcore_version: str
 
 
@@ -124,7 +126,7 @@ class ReleaseManifest:
         return self.member(MODEL).sha256
 
     def to_json(self) -> Json:
-        """Return the JSON form (`qcore.manifest/1`)."""
+        """Return the JSON form (`qcore.manifest/2`)."""
         return {"schema": MANIFEST_SCHEMA, **asdict(self)}
 
 

@@ -10,7 +10,6 @@ Removing, revoking, rolling out in steps and rotating keys are not here yet.
 
 import copy
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -21,7 +20,7 @@ from securesystemslib.signer import Key, Signer
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Root, TargetFile, Targets
 
 from qcore.canonical import Digest, Json, canonical_json, sha256_bytes
-from qcore.errors import PackageError, ReleaseError
+from qcore.errors import ReleaseError
 from qcore.files import write_atomic
 from qcore.release.cosign import Proof, check_evidence, cosign, evidence_path, max_counter
 from qcore.release.keys import ROOT_THRESHOLD, KeyRing
@@ -41,8 +40,8 @@ from qcore.release.metadata import (
     transact,
     utc,
 )
-from qcore.release.package import unpack_package
 from qcore.release.store import ObjectStore
+from qcore.release.subject import opened_package
 
 POINTER_SCHEMA = 1
 FLOOR = 0
@@ -168,7 +167,7 @@ def publish_release(store: ObjectStore, submission: Submission, keys: KeyRing, *
 
     Raises:
         PackageError: the package is not one that we made.
-        GateRefused: no signed pass for exactly the model inside the package.
+        GateRefused: no signed pass for exactly this package, or a waiver that it rests on expired.
         ReleaseError: the version exists with other bytes, a key or a delegation is missing, or the store failed.
     """
     now = utc(now)
@@ -178,7 +177,7 @@ def publish_release(store: ObjectStore, submission: Submission, keys: KeyRing, *
     trusted = load_current(store, keys, now)
     _channel_role(trusted, submission.channel)
     if f"models-{manifest.family}" not in trusted.delegated:
-        check_evidence(candidate.proof, [keys.signer("gate").public_key])  # a refused release must leave no trace
+        check_evidence(candidate.proof, [keys.signer("gate").public_key], now)  # a refused release must leave no trace
         add_family(store, keys, manifest.family, now=now)
     trusted = transact(store, keys, now, lambda current: _plan(current, candidate, keys, now))
     return _release(trusted, manifest.family, manifest.version, submission.channel)
@@ -248,6 +247,24 @@ def status(store: ObjectStore, *, now: datetime) -> tuple[RoleStatus, ...]:
     return tuple(rows)
 
 
+def trusted_gate_keys(store: ObjectStore, pinned: bytes, family: str | None) -> tuple[Key, ...]:
+    """Return the gate keys that the repository's offline roles name, verified from the `pinned` root metadata.
+
+    Args:
+        store: where the metadata lie.
+        pinned: trusted root metadata.
+        family: whose gate is asked for; None: of every family.
+
+    Raises:
+        ReleaseError: it does not verify, or has no such family. Expiry is not asked: what was signed stays true.
+    """
+    trusted = load_trusted(store, pinned)
+    roles = [n for n in trusted.delegated if n.startswith("models-") and family in (None, n.removeprefix("models-"))]
+    if not roles:
+        raise ReleaseError(f"this repository has no gate key for family {family or 'of any name'}; pass --key gate.pub")
+    return tuple({k.keyid: k for name in roles for k in _gate_keys(trusted, name)}.values())
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Candidate:
     """A submission after its bytes were read once and checked."""
@@ -258,19 +275,9 @@ class _Candidate:
 
 
 def _inspect(submission: Submission) -> _Candidate:
-    try:
-        with tempfile.TemporaryDirectory(prefix="qcore-publish-") as work:
-            copied = Path(work) / "package.qpkg"  # what is checked is what is published, whoever writes to the path
-            package = submission.package.read_bytes()
-            copied.write_bytes(package)
-            manifest = unpack_package(copied, Path(work) / "unpacked")  # recomputes every digest
-    except OSError as e:
-        raise PackageError(
-            f"package {submission.package} cannot be checked: {e.filename or ''} {e.strerror}; correct the path, or "
-            "free space in the temporary folder"
-        ) from e
-    proof = Proof(sha256=sha256_bytes(package), manifest=manifest, evidence=submission.evidence)
-    return _Candidate(package=package, proof=proof, channel=submission.channel)
+    with opened_package(submission.package) as opened:
+        proof = Proof(sha256=opened.sha256, manifest=opened.manifest, evidence=submission.evidence)
+        return _Candidate(package=opened.data, proof=proof, channel=submission.channel)
 
 
 def _plan(trusted: Trusted, candidate: _Candidate, keys: KeyRing, now: datetime) -> Change | None:
@@ -278,7 +285,7 @@ def _plan(trusted: Trusted, candidate: _Candidate, keys: KeyRing, now: datetime)
     manifest = candidate.proof.manifest
     name = f"models-{manifest.family}"
     gate_keys = _gate_keys(trusted, name)
-    check_evidence(candidate.proof, gate_keys)
+    check_evidence(candidate.proof, gate_keys, now)
     drafts: dict[str, Draft] = {}
     objects: dict[str, bytes] = {}
     path = f"models/{manifest.family}/{manifest.version}.qpkg"

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
+    PublicFormat,
     load_pem_private_key,
 )
 from securesystemslib.exceptions import Error as SecureSystemsError
@@ -50,10 +51,12 @@ def read_passphrase() -> bytes | None:
     return os.environb.get(PASSPHRASE.encode()) or None
 
 
-def new_private_key(passphrase: bytes | None) -> bytes:
-    """Return a new ed25519 private key as PKCS8 PEM, encrypted if there is a passphrase."""
+def new_key(passphrase: bytes | None) -> tuple[bytes, bytes]:
+    """Return a new ed25519 key as PEM: the private half (PKCS8, encrypted with a passphrase), and the public."""
+    key = Ed25519PrivateKey.generate()
     hidden = BestAvailableEncryption(passphrase) if passphrase else NoEncryption()
-    return Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, hidden)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, hidden)
+    return private, key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def signer_of_pem(path: Path) -> Signer:

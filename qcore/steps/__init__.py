@@ -40,3 +40,7 @@ from qcore.steps.release import publish as publish
 from qcore.steps.search import sensitivity as sensitivity
 from qcore.steps.tries import journal_path as journal_path
 from qcore.steps.tries import models_path as models_path
+from qcore.steps.verification import Verification as Verification
+from qcore.steps.verification import verify_gate as verify_gate
+from qcore.steps.waiving import make_owner_key as make_owner_key
+from qcore.steps.waiving import waive as waive

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcore.errors import ConfigError
+from qcore.errors import ConfigError, GateRefused
 
 if TYPE_CHECKING:
     from qcore.data.dataset import Dataset
@@ -66,6 +66,18 @@ def refuse_overwrite(out: Path, *inputs: Path | str, data: Path | None = None) -
             raise ConfigError(
                 f"output {out} lies in the data folder {folder}; inputs are never changed; pass another path"
             )
+
+
+def read_evidence(path: Path, what: str = "evidence", verb: str = "qcore gate") -> bytes:
+    """Return the bytes of a signed file; `what` and `verb` say what it is and what writes it.
+
+    Raises:
+        GateRefused: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise GateRefused(f"{what} {path} cannot be read: {e.strerror}; run `{verb}` first") from e
 
 
 def open_calibration(data: Path, split: str) -> "Dataset":

@@ -1,13 +1,14 @@
 """Judgement on files: evaluate a candidate against its baseline, then decide and sign."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcore import __version__
 from qcore.errors import GateRefused, ModelError
-from qcore.steps.guard import Progress, refuse_overwrite, silent
+from qcore.steps.guard import Progress, read_evidence, refuse_overwrite, silent
 
 if TYPE_CHECKING:
     from qcore.data.dataset import Dataset
@@ -298,11 +299,31 @@ def _recalled(judge: Judge) -> "Predict":
     return lambda fed: dict(next(answers))
 
 
-def gate(*, report: Path, out: Path, key: Path, policy: Path | None = None) -> "GateDecision":
+def gate(
+    *,
+    report: Path,
+    out: Path,
+    key: Path,
+    policy: Path | None = None,
+    package: Path | None = None,
+    waivers: Sequence[Path] = (),
+    now: datetime | None = None,
+) -> "GateDecision":
     """Return the decision on `report`; `out` holds it signed with the private key file `key`.
 
+    Args:
+        report: evaluation report.
+        out: where the evidence goes.
+        key: private key file of the gate.
+        policy: gate policy; None: the default one.
+        package: what shall be published; without it the decision is a local one, which `publish` refuses.
+        waivers: files of `waive`, made for exactly this decision.
+        now: aware; waivers must hold then. None: the time of the call.
+
     Raises:
-        GateRefused: the report is missing or contradicts itself, or the policy asks for what was not measured.
+        GateRefused: the report is missing or contradicts itself, the policy asks for what was not measured, the
+            package does not fit the report, or a waiver cannot be used.
+        PackageError: the package is damaged.
         ConfigError: the policy is wrong.
         ReleaseError: the key cannot be used.
     """
@@ -311,11 +332,17 @@ def gate(*, report: Path, out: Path, key: Path, policy: Path | None = None) -> "
     from qcore.gate import GatePolicy, decide, default_policy
     from qcore.release.evidence import sign_decision
     from qcore.release.keys import load_signer
+    from qcore.release.subject import package_of
+    from qcore.release.waivers import overridden
 
-    refuse_overwrite(out, report, key, *([policy] if policy else []))
+    refuse_overwrite(out, report, key, *filter(None, (policy, package)), *waivers)
     loaded = load_report(report)
     chosen = load_config(policy, GatePolicy, "gate policy") if policy else default_policy(loaded)
     decision = decide(loaded, chosen)
+    if package is not None:
+        decision = replace(decision, package=package_of(package, loaded))
+    signed = [read_evidence(path, "waiver", "qcore gate waive") for path in waivers]
+    decision = overridden(decision, signed, now or datetime.now(UTC))
     write_atomic(out, sign_decision(decision, load_signer(key)))
     return decision
 

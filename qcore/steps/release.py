@@ -1,23 +1,20 @@
-"""Release on files: a package of what passed, and its publication."""
+"""Release on files: a package, and its publication once the gate has passed it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcore import __version__
-from qcore.errors import GateRefused
-from qcore.steps.guard import refuse_overwrite
+from qcore.steps.guard import read_evidence, refuse_overwrite
 
 if TYPE_CHECKING:
     from qcore.release.package import Package
     from qcore.release.repository import Release
-    from qcore.report import GateDecision
 
 
 def package(
     *,
     model: Path,
     data: Path,
-    evidence: Path,
     out: Path,
     family: str,
     version: str,
@@ -26,9 +23,10 @@ def package(
 ) -> "Package":
     """Return the package written to `out`: the model, golden samples from `split`, and what a device must be.
 
+    It says nothing about how good the model is: `gate` decides about the package, and `publish` asks for that decision.
+
     Raises:
         PackageError: `target` is not the profile that the model was quantized for; None takes the model's own.
-        GateRefused: the evidence is about another model or is not a pass. Its signature is checked by `publish`.
     """
     import tempfile
 
@@ -38,26 +36,22 @@ def package(
     from qcore.release.manifest import Provenance
     from qcore.release.package import PackageSource, build_package
 
-    refuse_overwrite(out, model, evidence, data=data)
-    raw = read_model_bytes(model)
-    decision = _claimed_pass(evidence, raw)
+    refuse_overwrite(out, model, data=data)
+    raw, dataset = read_model_bytes(model), open_dataset(data, split)
     with tempfile.TemporaryDirectory() as folder:
-        golden = write_golden(raw, open_dataset(data, split), Path(folder) / "golden.npz")
+        copied = Path(folder) / "model.onnx"  # golden answers and packaged bytes are of one reading
+        copied.write_bytes(raw)
+        golden = write_golden(raw, dataset, Path(folder) / "golden.npz")
         source = PackageSource(
             family=family,
             version=version,
-            model=model,
+            model=copied,
             golden=golden.path,
             compat=compatibility(raw, target),
             inputs=golden.inputs,
             outputs=golden.outputs,
             golden_limits=golden.limits,
-            provenance=Provenance(
-                baseline_sha256=decision.baseline_sha256,
-                data_sha256=decision.data_sha256,
-                policy_sha256=decision.policy_sha256,
-                qcore_version=__version__,
-            ),
+            provenance=Provenance(data_sha256=dataset.sha256, qcore_version=__version__),
         )
         return build_package(source, out)
 
@@ -66,7 +60,8 @@ def publish(*, package: Path, evidence: Path, repository: Path, keys: Path, chan
     """Return the release of `package`, signed into the repository folder `repository` with the key ring `keys`.
 
     Raises:
-        GateRefused: the evidence is not signed by the gate, not a pass, or not about this package's model.
+        GateRefused: the evidence is not signed by the gate, not a pass, not about exactly this package, or rests on a
+            waiver that expired.
         PackageError: the package is damaged.
         ReleaseError: the repository or a key is missing, or the version exists with other bytes.
     """
@@ -76,27 +71,5 @@ def publish(*, package: Path, evidence: Path, repository: Path, keys: Path, chan
     from qcore.release.repository import Submission, publish_release
     from qcore.release.store import DirectoryStore
 
-    submission = Submission(package=package, evidence=_read_evidence(evidence), channel=channel)
+    submission = Submission(package=package, evidence=read_evidence(evidence), channel=channel)
     return publish_release(DirectoryStore(folder=repository), submission, load_keys(keys), now=datetime.now(UTC))
-
-
-def _read_evidence(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise GateRefused(f"evidence {path} cannot be read: {e.strerror}; run `qcore gate` first") from e
-
-
-def _claimed_pass(evidence: Path, raw: bytes) -> "GateDecision":
-    from qcore.canonical import sha256_bytes
-    from qcore.release.evidence import claimed_decision
-
-    decision = claimed_decision(_read_evidence(evidence))
-    if decision.model_sha256 != sha256_bytes(raw):
-        raise GateRefused(
-            f"the evidence is about model {decision.model_sha256[:12]}, this model is {sha256_bytes(raw)[:12]}; "
-            "evaluate and gate the model that is to be shipped"
-        )
-    if decision.outcome != "pass":
-        raise GateRefused(f"the gate's outcome is {decision.outcome}; only a pass is packaged; see `qcore gate`")
-    return decision

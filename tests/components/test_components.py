@@ -31,8 +31,8 @@ COMPONENTS = (
     calibrate,
     quantize,
     evaluate,
-    gate,
     package,
+    gate,
     publish,
 )
 """The chain."""
@@ -95,21 +95,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             report=out("report"),
             metrics=out("metrics", dsl.Metrics),
         )
+        package.python_func(
+            model=made["quantized"], data=data, package=out("package"), family="digits", version="1.0.0"
+        )
         outcome = gate.python_func(
             report=made["report"],
+            package=made["package"],
             evidence=out("evidence"),
             decision_markdown=out("markdown", dsl.Markdown),
             decision_html=out("html", dsl.HTML),
             key=str(folder / "keys" / "gate.pem"),
             policy=POLICY,
-        )
-        package.python_func(
-            model=made["quantized"],
-            data=data,
-            evidence=made["evidence"],
-            package=out("package"),
-            family="digits",
-            version="1.0.0",
         )
         publish.python_func(
             package=made["package"],
@@ -203,10 +199,11 @@ def test_another_model_than_the_one_named_is_refused(world: World, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_gate_cannot_be_packaged(world: World, tmp_path: Path) -> None:
+def test_a_failed_gate_cannot_be_published(world: World, tmp_path: Path) -> None:
     evidence = dsl.Artifact(name="evidence", uri=str(tmp_path / "evidence"))
     outcome = gate.python_func(
         report=world.artifacts["report"],
+        package=world.artifacts["package"],
         evidence=evidence,
         decision_markdown=dsl.Markdown(name="m", uri=str(tmp_path / "m")),
         decision_html=dsl.HTML(name="h", uri=str(tmp_path / "h")),
@@ -214,16 +211,15 @@ def test_a_failed_gate_cannot_be_packaged(world: World, tmp_path: Path) -> None:
         policy="top1: {min: 0.9999}\n",
     )
     assert outcome == "fail"
-    with pytest.raises(GateRefused, match="fail"):
-        package.python_func(
-            model=world.artifacts["quantized"],
-            data=world.artifacts["data"],
+    with pytest.raises(GateRefused, match="gate outcome is fail"):
+        publish.python_func(
+            package=world.artifacts["package"],
             evidence=evidence,
-            package=dsl.Artifact(name="package", uri=str(tmp_path / "package")),
-            family="digits",
-            version="1.0.0",
+            release=dsl.Artifact(name="release", uri=str(tmp_path / "release")),
+            repository=str(world.folder / "repository"),
+            keys=str(world.folder / "keys"),
         )
-    assert not (tmp_path / "package").exists()
+    assert not (tmp_path / "release").exists()
 
 
 @pytest.mark.parametrize("component", ALL, ids=lambda c: c.name)

@@ -46,7 +46,7 @@ def make_device(folder: Path, repository: Path, keys: KeyRing, hardware: str) ->
 def release(
     folder: Path, model: Path, data: Path, repository: Path, keys: KeyRing, *, version: str, recipe: str
 ) -> str:
-    """Compress, evaluate, gate, package and publish one candidate; return the digest of its model."""
+    """Compress, evaluate, package, gate and publish one candidate; return the digest of its model."""
     folder.mkdir()
     table, candidate, report = folder / "table.json", folder / "candidate.onnx", folder / "report.json"
     evidence, package, policy = folder / "evidence.json", folder / "tiny.qpkg", folder / "policy.yaml"
@@ -55,13 +55,11 @@ def release(
     steps.calibrate(model=model, data=data, split="calibration", out=table)
     made = steps.quantize(model=model, table=table, recipe=recipe, target="x86-avx2", out=candidate)
     measured = steps.evaluate(candidate=candidate, baseline=model, data=data, split="evaluation", out=report)
-    decision = steps.gate(report=report, policy=policy, key=keys.folder / "gate.pem", out=evidence)
+    steps.package(model=candidate, data=data, family="tiny", version=version, target="x86-avx2", out=package)
+    decision = steps.gate(report=report, package=package, policy=policy, key=keys.folder / "gate.pem", out=evidence)
     assert measured.model.sha256 == decision.model_sha256 == made.sha256  # one digest from end to end
     if decision.outcome != "pass":
         raise GateRefused(decision.checks[0].reason)
-    steps.package(
-        model=candidate, data=data, evidence=evidence, family="tiny", version=version, target="x86-avx2", out=package
-    )
     steps.publish(package=package, evidence=evidence, repository=repository, keys=keys.folder, channel="stable")
     return made.sha256
 

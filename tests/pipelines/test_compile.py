@@ -70,7 +70,7 @@ def test_publishing_hangs_on_the_gates_word(compiled: Path) -> None:
     pipeline, _ = documents(compiled)
     condition = pipeline["root"]["dag"]["tasks"]["condition-1"]["triggerPolicy"]["condition"]
     assert condition == "inputs.parameter_values['pipelinechannel--gate-Output'] == 'pass'"
-    assert set(pipeline["components"]["comp-condition-1"]["dag"]["tasks"]) == {"package", "publish"}
+    assert set(pipeline["components"]["comp-condition-1"]["dag"]["tasks"]) == {"publish"}
 
 
 def test_keys_are_volumes_of_the_two_tasks_that_sign(compiled: Path) -> None:

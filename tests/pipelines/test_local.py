@@ -100,7 +100,6 @@ def both(arguments: ReleaseArguments, hanging: str, tmp_path_factory: pytest.Tem
 def test_a_pass_is_published(both: Both, arguments: ReleaseArguments) -> None:
     run = both.passed.run
     assert run.outcome == run.decision.outcome == "pass"
-    assert run.package is not None
     assert run.release is not None
     assert run.release["sha256"] == sha256_file(run.package)
     assert run.release["version"] == "1.0.0"
@@ -112,10 +111,11 @@ def test_a_pass_is_published(both: Both, arguments: ReleaseArguments) -> None:
 def test_anything_else_is_a_result_and_not_published(both: Both) -> None:
     run = both.failed.run
     assert run.outcome == "fail"
-    assert run.package is None
     assert run.release is None
+    assert run.decision.package is not None
+    assert run.decision.package.sha256 == sha256_file(run.package)  # judged, and kept for whoever looks into it
     states = {r.name: r.state for r in run.tasks}
-    assert (states["gate"], states["package"], states["publish"]) == ("done", "skipped", "skipped")
+    assert (states["gate"], states["package"], states["publish"]) == ("done", "done", "skipped")
 
 
 def test_progress_is_seen_while_it_happens(both: Both) -> None:
@@ -137,7 +137,7 @@ def test_the_tracked_run_tells_the_story(both: Both) -> None:
     assert parent.data.tags["qcore.gate"] == "pass"
     assert parent.data.tags["qcore.release"] == "digits 1.0.0"
     assert parent.data.tags["mlflow.note.content"].startswith("**PASS")
-    assert parent.data.metrics["package_bytes"] == both.passed.run.package.stat().st_size  # type: ignore[union-attr]
+    assert parent.data.metrics["package_bytes"] == both.passed.run.package.stat().st_size
     assert parent.data.params["recipe"] == "int8"
     assert {a.path for a in client.list_artifacts(run_id, "report")} == {
         f"report/{name}" for name in ("report.json", "report.html", "gate.md", "evidence.json", "release.json")

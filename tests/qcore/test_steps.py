@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,10 @@ from transformers import EncoderShape, encoder
 from qcore import steps
 from qcore.errors import CalibrationError, ConfigError, DataError, GateRefused, ModelError, PackageError
 from qcore.files import sha256_file
-from qcore.release.keys import create_keys
+from qcore.release.keys import create_keys, load_keys
+from qcore.release.package import PackageSource, build_package, unpack_package
+from qcore.release.repository import init_repository
+from qcore.release.store import DirectoryStore
 
 
 @pytest.fixture
@@ -101,71 +106,110 @@ def test_nothing_asked_of_prune_gives_the_same_bytes(inputs, tmp_path):
         steps.prune(model=model, out=tmp_path / "p.onnx", sparsity=1.0)
 
 
-def test_evaluate_then_gate_then_package_holds_one_digest(inputs, tmp_path):
+def test_evaluate_then_package_then_gate_hold_one_digest(inputs, tmp_path):
     model, card = inputs
     keys = create_keys(tmp_path / "keys", ["stable"])
     summary = steps.compress(model=model, data=card, out=tmp_path / "q.onnx", recipe="int8-min-max")
     report = steps.evaluate(candidate=tmp_path / "q.onnx", baseline=model, data=card, out=tmp_path / "r.json")
+    arguments = {"model": tmp_path / "q.onnx", "data": card, "family": "f", "version": "1"}
+    built = steps.package(**arguments, out=tmp_path / "a.qpkg")
+    assert steps.package(**arguments, out=tmp_path / "b.qpkg").sha256 == built.sha256
     policy = tmp_path / "policy.yaml"
     policy.write_text("agreement: {min: 0.5}\n")
-    decision = steps.gate(
-        report=tmp_path / "r.json", out=tmp_path / "e.json", key=keys.folder / "gate.pem", policy=policy
-    )
-    assert report.model.sha256 == decision.model_sha256 == summary.sha256
+    gate = {"report": tmp_path / "r.json", "key": keys.folder / "gate.pem", "policy": policy}
+    decision = steps.gate(**gate, package=built.path, out=tmp_path / "e.json")
+    assert report.model.sha256 == decision.model_sha256 == built.manifest.model_sha256 == summary.sha256
     assert report.baseline.sha256 == sha256_file(model)
     assert report.n == 200
     assert decision.outcome == "pass"
-    arguments = {
-        "model": tmp_path / "q.onnx",
-        "data": card,
-        "evidence": tmp_path / "e.json",
-        "family": "f",
-        "version": "1",
-    }
-    first = steps.package(**arguments, out=tmp_path / "a.qpkg")
-    assert steps.package(**arguments, out=tmp_path / "b.qpkg").sha256 == first.sha256
-    with pytest.raises(GateRefused, match="the evidence is about model"):
-        steps.package(**{**arguments, "model": model}, out=tmp_path / "c.qpkg")
-    assert not (tmp_path / "c.qpkg").exists()
+    assert decision.package is not None
+    assert (decision.package.sha256, decision.package.version) == (sha256_file(built.path), "1")
 
 
-def test_a_package_names_the_target_that_the_model_was_quantized_for(inputs, tmp_path):
+@pytest.fixture
+def measured(inputs, tmp_path):
+    """What the gate is asked about a candidate, and what its package is built from."""
     model, card = inputs
     keys = create_keys(tmp_path / "keys", ["stable"])
-    (tmp_path / "p.yaml").write_text("output_sqnr_db: -300\n")
     steps.compress(model=model, data=card, out=tmp_path / "q.onnx", target="arm-dotprod")
     steps.evaluate(candidate=tmp_path / "q.onnx", baseline=model, data=card, out=tmp_path / "r.json")
-    gate = {"key": keys.folder / "gate.pem", "policy": tmp_path / "p.yaml"}
-    steps.gate(report=tmp_path / "r.json", out=tmp_path / "e.json", **gate)
-    arguments = {
-        "model": tmp_path / "q.onnx",
-        "data": card,
-        "evidence": tmp_path / "e.json",
-        "family": "f",
-        "version": "1",
-    }
-    assert steps.package(**arguments, out=tmp_path / "a.qpkg").manifest.compat.hardware == ("arm-dotprod",)
+    (tmp_path / "p.yaml").write_text("output_sqnr_db: -300\n")
+    gate = {"report": tmp_path / "r.json", "key": keys.folder / "gate.pem", "policy": tmp_path / "p.yaml"}
+    source = {"model": tmp_path / "q.onnx", "data": card, "family": "f", "version": "1"}
+    return gate, source
+
+
+def test_a_package_names_the_target_that_the_model_was_quantized_for(measured, tmp_path):
+    _, source = measured
+    assert steps.package(**source, out=tmp_path / "a.qpkg").manifest.compat.hardware == ("arm-dotprod",)
     with pytest.raises(PackageError, match="quantized for arm-dotprod, the package is to be for x86-vnni"):
-        steps.package(**arguments, target="x86-vnni", out=tmp_path / "b.qpkg")
+        steps.package(**source, target="x86-vnni", out=tmp_path / "b.qpkg")
     assert not (tmp_path / "b.qpkg").exists()
 
 
-def test_a_failed_gate_is_not_packaged(inputs, tmp_path):
-    model, card = inputs
-    keys = create_keys(tmp_path / "keys", ["stable"])
-    steps.compress(model=model, data=card, out=tmp_path / "q.onnx", recipe="int2-weights")
-    steps.evaluate(candidate=tmp_path / "q.onnx", baseline=model, data=card, out=tmp_path / "r.json")
-    decision = steps.gate(report=tmp_path / "r.json", out=tmp_path / "e.json", key=keys.folder / "gate.pem")
-    assert decision.outcome == "fail"
-    with pytest.raises(GateRefused, match="outcome is fail; only a pass is packaged"):
-        steps.package(
-            model=tmp_path / "q.onnx",
-            data=card,
-            evidence=tmp_path / "e.json",
-            out=tmp_path / "p.qpkg",
-            family="f",
-            version="1",
-        )
+def rebuilt(package, tmp_path, **changes):
+    """Return the package again with a manifest that says something else: its builder is not trusted."""
+    manifest = unpack_package(package, tmp_path / "unpacked")
+    source = PackageSource(
+        family=manifest.family,
+        version=manifest.version,
+        model=tmp_path / "unpacked" / "model.onnx",
+        golden=tmp_path / "unpacked" / "golden.npz",
+        compat=manifest.compat,
+        inputs=manifest.inputs,
+        outputs=manifest.outputs,
+        golden_limits=manifest.golden,
+        provenance=manifest.provenance,
+    )
+    return build_package(replace(source, **changes), tmp_path / "changed.qpkg")
+
+
+def test_a_package_that_does_not_fit_the_report_gets_no_decision(measured, inputs, tmp_path):
+    gate, source = measured
+    built = steps.package(**source, out=tmp_path / "a.qpkg")
+    m = built.manifest
+    compat = m.compat
+    for name, change, says in (
+        ("device", {"compat": replace(compat, hardware=("x86-vnni",))}, "its model was quantized for arm-dotprod"),
+        ("opset", {"compat": replace(compat, opset=99)}, "opset 99, its model has"),
+        ("input", {"inputs": (replace(m.inputs[0], name="other"),)}, "states inputs and outputs"),
+        (
+            "data",
+            {"provenance": replace(m.provenance, data_sha256="0" * 64)},
+            "golden samples are of data 000000000000",
+        ),
+        ("provenance", {"provenance": None}, "does not say where its golden samples come from"),
+        ("model", {"model": inputs[0]}, "evaluate the model that is packaged"),
+    ):
+        (tmp_path / name).mkdir()
+        bad = rebuilt(built.path, tmp_path / name, **change)
+        with pytest.raises(GateRefused, match=says):
+            steps.gate(**gate, package=bad.path, out=tmp_path / "e.json")
+    whole = bytearray(built.path.read_bytes())
+    whole[-2000] ^= 1
+    (tmp_path / "flipped.qpkg").write_bytes(whole)
+    with pytest.raises(PackageError):
+        steps.gate(**gate, package=tmp_path / "flipped.qpkg", out=tmp_path / "e.json")
+    other = steps.package(**source, split="calibration", out=tmp_path / "c.qpkg")
+    with pytest.raises(GateRefused, match="package with the card and split that were evaluated"):
+        steps.gate(**gate, package=other.path, out=tmp_path / "e.json")
+    assert not (tmp_path / "e.json").exists()
+    assert steps.gate(**gate, package=built.path, out=tmp_path / "e.json").outcome == "pass"
+
+
+def test_a_local_decision_is_not_published(measured, tmp_path):
+    gate, source = measured
+    now = datetime.now(UTC)
+    init_repository(DirectoryStore(folder=tmp_path / "repo"), load_keys(gate["key"].parent), ["stable"], now=now)
+    built = steps.package(**source, out=tmp_path / "a.qpkg")
+    assert steps.gate(**gate, out=tmp_path / "e.json").outcome == "pass"
+    before = sorted((tmp_path / "repo").rglob("*"))
+    shipped = {"package": built.path, "repository": tmp_path / "repo", "keys": gate["key"].parent}
+    with pytest.raises(GateRefused, match=r"names no package.*run `qcore gate --report R --package P`"):
+        steps.publish(**shipped, evidence=tmp_path / "e.json")
+    assert sorted((tmp_path / "repo").rglob("*")) == before
+    steps.gate(**gate, package=built.path, out=tmp_path / "e.json")
+    assert steps.publish(**shipped, evidence=tmp_path / "e.json").sha256 == built.sha256
 
 
 def test_models_with_a_fixed_batch_are_calibrated_and_evaluated(tmp_path):

@@ -58,10 +58,14 @@ def test_the_verbs_make_one_path(files, tmp_path):
         "--out",
         tmp_path / "e.json",
     ]
-    assert run(*gate, "--policy", tmp_path / "p.yaml")["outcome"] == "pass"
     names = ["--family", "tiny", "--version", "1.0"]
+    run("package", "--model", tmp_path / "q.onnx", "--data", card, *names, "--out", tmp_path / "a.qpkg")
+    shipped = ["--package", tmp_path / "a.qpkg"]
+    assert run(*gate, "--policy", tmp_path / "p.yaml", *shipped)["outcome"] == "pass"
     proof = ["--evidence", tmp_path / "e.json"]
-    run("package", "--model", tmp_path / "q.onnx", "--data", card, *proof, *names, "--out", tmp_path / "a.qpkg")
+    known = ["--report", tmp_path / "r.json", "--policy", tmp_path / "p.yaml", "--data", card]
+    verified = run("gate", "verify", *proof, "--key", tmp_path / "keys" / "gate.pub", *shipped, *known)
+    assert (verified["genuine"], verified["releasable"], verified["outcome"]) == (True, True, "pass")
     where = ["--repository", tmp_path / "repo", "--keys", tmp_path / "keys"]
     release = run("publish", "--package", tmp_path / "a.qpkg", *proof, *where)
     assert (release["family"], release["version"], release["channel"]) == ("tiny", "1.0", "stable")

@@ -14,7 +14,8 @@ from simulators import decision
 
 from qcore.canonical import canonical_json
 from qcore.errors import GateRefused
-from qcore.release.evidence import PAYLOAD_TYPE, sign_decision, verify_evidence
+from qcore.release.envelope import PAYLOAD_TYPE
+from qcore.release.evidence import sign_decision, verify_evidence
 from qcore.report import Outcome
 
 GATE = CryptoSigner.generate_ed25519()
@@ -49,7 +50,7 @@ def test_a_decision_comes_back_whole_and_reads_as_a_test_result(outcome: Outcome
     assert value["predicateType"] == "https://in-toto.io/attestation/test-result/v0.1"
     assert value["predicate"]["result"] == result
     assert value["subject"] == [{"name": "model.onnx", "digest": {"sha256": MODEL}}]
-    assert {r["name"] for r in value["predicate"]["configuration"]} == {"policy", "data", "baseline"}
+    assert {r["name"] for r in value["predicate"]["configuration"]} == {"policy", "data", "baseline", "report"}
 
 
 def test_equal_decisions_give_equal_bytes() -> None:
@@ -63,21 +64,21 @@ def test_equal_decisions_give_equal_bytes() -> None:
         (b"\x00\xff", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"[]", "unsigned: found list"),
-        (canonical_json(decision(MODEL).to_json()), "unsigned: found qcore.decision/1, expected a DSSE envelope"),
+        (canonical_json(decision(MODEL).to_json()), "unsigned: found qcore.decision/2, expected a DSSE envelope"),
         (canonical_json({"payload": "", "payloadType": PAYLOAD_TYPE, "signatures": []}), "holds no signature"),
         (canonical_json({"payload": 3, "payloadType": PAYLOAD_TYPE, "signatures": [{}]}), "malformed envelope"),
         (canonical_json({"payload": "", "payloadType": PAYLOAD_TYPE, "signatures": [3]}), "malformed envelope"),
         (b" " * (1 << 20) + b"{}", "bytes; allowed"),
         (sign_decision(decision(MODEL), OTHER), "signed by unknown key"),
         (signed({}, "text/plain"), "payloadType 'text/plain'"),
-        (signed({}), "not an in-toto statement"),
+        (signed({}), "statement type None"),
         (signed([]), "not an in-toto statement"),
         (edited(lambda s: s.update(_type="x")), "statement type 'x'"),
         (edited(lambda s: s.update(predicateType="https://slsa.dev/provenance/v1")), "predicateType 'https://slsa"),
         (edited(lambda s: s["subject"][0]["digest"].update(sha256="b" * 64)), "subject contradicts"),
         (edited(lambda s: s["predicate"].update(result="WARNED")), "predicate contradicts"),
         (edited(lambda s: s["predicate"]["decision"].update(outcome="fail")), "decision says fail but"),
-        (edited(lambda s: s["predicate"]["decision"].pop("n")), "gate decision"),
+        (edited(lambda s: s["predicate"]["decision"].pop("n")), "field 'n' is missing"),
     ],
 )
 def test_everything_else_has_its_own_one_line_refusal(evidence: bytes, message: str) -> None:

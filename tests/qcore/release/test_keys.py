@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from qcore.errors import ReleaseError
-from qcore.release.keys import create_keys, import_signer, load_keys, load_signer
+from qcore.release.keys import create_keys, import_signer, load_keys, load_public_key, load_signer
 from qcore.release.repository import add_family, init_repository, status
 from qcore.release.signers import service_entry
 from qcore.release.store import DirectoryStore
@@ -158,6 +158,7 @@ def test_a_key_in_a_service_signs_like_one_in_a_file(tmp_path: Path, kms: str) -
     ring = load_keys(tmp_path)
     signature = ring.signer("gate").sign(b"payload")
     ring.signer("gate").public_key.verify_signature(signature, b"payload")
+    assert load_public_key(tmp_path / "gate.pub").keyid == ring.signer("gate").public_key.keyid
     store = DirectoryStore(folder=tmp_path / "repository")
     init_repository(store, ring, ["stable"], now=datetime.now(UTC))
     add_family(store, ring, "digits", now=datetime.now(UTC))  # a models role, which gate and publisher must sign

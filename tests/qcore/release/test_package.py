@@ -189,7 +189,7 @@ def test_payloads_that_are_not_the_stated_bytes_are_refused(package: Path, tmp_p
 @pytest.mark.parametrize(
     "changes",
     [
-        {"schema": "qcore.manifest/2"},
+        {"schema": "qcore.manifest/1"},
         {"surprise": 1},
         {"family": "../x"},
         {"version": "1.0/../../x"},

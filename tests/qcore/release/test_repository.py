@@ -11,6 +11,7 @@ from simulators import (
     Crash,
     CrashingStore,
     World,
+    about,
     decision,
     make_world,
     now,
@@ -140,7 +141,7 @@ def test_the_publisher_cannot_vouch_for_a_model(world: World, first: bool) -> No
     if not first:
         world.publish("0.9.0", seed=5)
     package = world.package()
-    evidence = sign_decision(decision(package.manifest.model_sha256), world.keys.signer("publisher"))
+    evidence = sign_decision(about(package), world.keys.signer("publisher"))
     error = refused(world, Submission(package=package.path, evidence=evidence))
     assert isinstance(error, GateRefused)
     assert "unknown key" in str(error)
@@ -264,7 +265,7 @@ def _publish_many(folder: Path, worker: int, versions: int) -> None:
         version = f"{worker}.{i}.0"
         source = package_source(folder / f"w{worker}", version, seed=worker * 100 + i)
         package = build_package(source, folder / f"{version}.qpkg")
-        evidence = sign_decision(decision(package.manifest.model_sha256), keys.signer("gate"))
+        evidence = sign_decision(about(package), keys.signer("gate"))
         publish_release(store, Submission(package=package.path, evidence=evidence), keys, now=now())
 
 
