@@ -58,7 +58,7 @@ class Verification:
             "outcome": None if d is None else d.outcome,
             "lapsed": self.lapsed,
             "findings": [asdict(f) for f in self.findings],
-            "who_may_override": None if d is None else d.override.sentence(),
+            "who_may_override": None if d is None else d.who_may_override(),
             "waivers": [] if d is None else [s.waiver.to_json() for s in d.waivers],
             "decision": None if d is None else d.to_json(),
         }

@@ -16,6 +16,7 @@ VERDICT = {
     "fail": "FAIL: the candidate must not be released.",
     "inconclusive": "INCONCLUSIVE: the evidence is too thin to release the candidate.",
 }
+WAIVED = "PASS BY WAIVER: the candidate may be released although a check did not pass."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +40,10 @@ class Review:
 
 def review(report: EvaluationReport, decision: GateDecision) -> Review:
     """Return the review of a decision and the measurements it rests on."""
+    verdict = WAIVED if decision.waivers and decision.outcome == "pass" else VERDICT[decision.outcome]
     return Review(
         outcome=decision.outcome,
-        verdict=VERDICT[decision.outcome],
+        verdict=verdict,
         why=_why(decision),
         tables=(_checks(decision.checks), _models(report), _digests(report, decision)),
     )
@@ -97,13 +99,16 @@ STYLE = (
 
 def _why(decision: GateDecision) -> str:
     basis = f"{decision.n} paired samples, {decision.confidence:.0%} confidence"
+    if decision.waivers:
+        held = "The other checks hold" if decision.outcome == "pass" else "Waivers do not cover every check"
+        return f"{held} ({basis}). {decision.who_may_override()}"
     if decision.outcome == "pass":
         return f"{'The check holds' if len(decision.checks) == 1 else 'All checks hold'} ({basis})."
     open_checks = [c for c in decision.checks if c.outcome != "pass"]
     reasons = "; ".join(f"{c.name}: {c.reason}" for c in open_checks) or "the policy has no checks"
     more = max((c.needs_samples or 0 for c in open_checks), default=0)
     ask = f" About {more} more samples would decide it." if more and decision.outcome == "inconclusive" else ""
-    return f"{reasons} ({basis}).{ask}"
+    return f"{reasons} ({basis}).{ask} {decision.who_may_override()}"
 
 
 def _checks(checks: Sequence[Check]) -> Table:
