@@ -143,4 +143,4 @@ def _print_verification(found: "Verification") -> None:
     elif found.lapsed is not None:
         print(f"genuine, but no longer a pass: {found.lapsed}")
     else:
-        print("genuine; the gate passed")
+        print("genuine; the gate passed" + (" because of waivers" if found.decision.waivers else ""))

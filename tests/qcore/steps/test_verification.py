@@ -144,7 +144,7 @@ def test_another_key_finds_nothing_to_believe(judged, tmp_path):
     create_keys(tmp_path / "keys", ["stable"])
     found = steps.verify_gate(evidence=judged.failed, key=tmp_path / "keys" / "gate.pub", **judged.files)
     assert (found.decision, found.genuine) == (None, False)
-    assert states(found) == {"signature": "does not fit"}
+    assert states(found) == {"evidence": "does not fit"}
     with pytest.raises(ReleaseError, match="is not a public key"):
         steps.verify_gate(evidence=judged.failed, key=judged.policy)
 
