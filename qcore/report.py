@@ -350,6 +350,11 @@ class GateDecision:
         """The waivers by the names of the checks that did not pass and yet do not stop the release."""
         return MappingProxyType({c.name: s.waiver for s in self.waivers for c in s.waiver.checks})
 
+    def who_may_override(self) -> str:
+        """Return who overrode this decision and who may, in sentences for people; never empty."""
+        done = [f"{signed.waiver.sentence()}." for signed in self.waivers]
+        return " ".join([*done, self.override.sentence()])
+
     def to_json(self) -> Json:
         """Return the JSON form (`qcore.decision/2`)."""
         return {"schema": DECISION_SCHEMA, **asdict(self)}

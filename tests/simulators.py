@@ -22,6 +22,7 @@ from qcore.release.repository import Release, Submission, init_repository, publi
 from qcore.release.store import DirectoryStore, Object
 from qcore.release.subject import manifest_digest
 from qcore.report import Check, GateDecision, GatedPackage, Outcome
+from qcore.waiver import Override, Owner
 
 FAMILY = "digits"
 HARDWARE = "x86-vnni"
@@ -83,6 +84,16 @@ def gated(package: Package) -> GatedPackage:
 def about(package: Package, outcome: Outcome = "pass") -> GateDecision:
     """Return a gate decision about this package."""
     return dataclasses.replace(decision(package.manifest.model_sha256, outcome), package=gated(package))
+
+
+def waivable(
+    owner: Owner, names: Sequence[str] = ("top1",), outcome: Outcome = "fail", max_days: int = 14
+) -> GateDecision:
+    """Return a local decision of one check per name, all of `outcome`, that `owner` may waive."""
+    first = decision("a" * 64, outcome)
+    checks = tuple(dataclasses.replace(first.checks[0], name=name) for name in names)
+    override = Override(owners=(owner,), checks=tuple(names), max_days=max_days)
+    return dataclasses.replace(first, checks=checks, override=override)
 
 
 def decision(model_sha256: str, outcome: Outcome = "pass") -> GateDecision:

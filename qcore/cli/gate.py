@@ -53,7 +53,7 @@ def gate(
     """Decide whether the candidate may be released, and sign the decision. Exit code 3 unless it passes."""
     decision = steps.gate(report=report, out=out, key=key, policy=policy, package=package, waivers=waiver or ())
     if as_json:
-        print_json({**decision.to_json(), "output": str(out), "who_may_override": decision.override.sentence()})
+        print_json({**decision.to_json(), "output": str(out), "who_may_override": decision.who_may_override()})
     else:
         print_decision(decision)
         if decision.package is None:
@@ -135,7 +135,7 @@ def _print_verification(found: "Verification") -> None:
     if found.decision is None:
         print("not genuine: nothing in this file can be believed")
         return
-    print(found.decision.override.sentence())
+    print(found.decision.who_may_override())
     if not found.genuine:
         print("not genuine for these files: what does not fit is named above")
     elif found.decision.outcome != "pass":
@@ -143,4 +143,4 @@ def _print_verification(found: "Verification") -> None:
     elif found.lapsed is not None:
         print(f"genuine, but no longer a pass: {found.lapsed}")
     else:
-        print("genuine; the gate passed")
+        print("genuine; the gate passed" + (" because of waivers" if found.decision.waivers else ""))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from qcore.gate import GatePolicy
     from qcore.report import EvaluationReport, GateDecision
+    from qcore.waiver import Waiver
 
-State = Literal["fits", "does not fit", "not checked"]
+State = Literal["fits", "does not fit", "expired", "not checked"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +59,7 @@ class Verification:
             "outcome": None if d is None else d.outcome,
             "lapsed": self.lapsed,
             "findings": [asdict(f) for f in self.findings],
-            "who_may_override": None if d is None else d.override.sentence(),
+            "who_may_override": None if d is None else d.who_may_override(),
             "waivers": [] if d is None else [s.waiver.to_json() for s in d.waivers],
             "decision": None if d is None else d.to_json(),
         }
@@ -96,8 +97,6 @@ def verify_gate(
         GateRefused: the evidence cannot be read.
         ReleaseError: the key cannot be used.
     """
-    from datetime import UTC
-
     from qcore.release.evidence import verify_evidence
 
     content = read_evidence(evidence)
@@ -105,20 +104,20 @@ def verify_gate(
     try:
         decision = verify_evidence(content, keys)
     except GateRefused as e:
-        refused = Finding(what="signature", state="does not fit", detail=str(e))
+        refused = Finding(what="evidence", state="does not fit", detail=str(e))
         return Verification(findings=(refused,), decision=None, lapsed=None)
     by = ", ".join(k.keyid[:12] for k in keys)
     findings = [
         Finding(what="signature", state="fits", detail=f"every byte vouched for by the gate (key {by})"),
-        Finding(what="decision", state="fits", detail=f"{decision.outcome}, as its {len(decision.checks)} checks say"),
+        Finding(what="decision", state="fits", detail=f"{decision.outcome}, as its {_basis(decision)} say"),
         _asked("package", package, lambda p: _package(p, decision)),
         _asked("model", model, lambda p: _digest(_file_digest(p), decision.model_sha256)),
         _asked("data", data, lambda p: _digest(_data_digest(p, split), decision.data_sha256)),
         _asked("policy", policy, lambda p: _policy(p, decision)),
         _asked("report", report, lambda p: _report(p, policy, decision)),
     ]
-    lapsed = _lapsed(decision, now or datetime.now(UTC))
-    findings += [Finding(what="waiver", state="fits", detail=s.waiver.sentence()) for s in decision.waivers]
+    findings += [_waiver(signed.waiver, now or datetime.now(UTC)) for signed in decision.waivers]
+    lapsed = next((f.detail for f in findings if f.state == "expired"), None)
     return Verification(findings=tuple(findings), decision=decision, lapsed=lapsed)
 
 
@@ -206,15 +205,20 @@ def _load_policy(path: Path) -> "GatePolicy":
     return load_config(path, GatePolicy, "gate policy")
 
 
-def _lapsed(decision: "GateDecision", now: datetime) -> str | None:
-    """Return why waivers no longer carry the decision, None if they do."""
-    from qcore.release.waivers import refuse_expired
+def _basis(decision: "GateDecision") -> str:
+    checks, waivers = len(decision.checks), len(decision.waivers)
+    return f"{checks} checks" + (f" and {waivers} waivers" if waivers else "")
+
+
+def _waiver(waiver: "Waiver", now: datetime) -> Finding:
+    """Return the finding about one waiver, whose signature was verified with the evidence: does it hold at `now`?"""
+    from qcore.waiver import refuse_out_of_time
 
     try:
-        refuse_expired(decision, now)
+        refuse_out_of_time(waiver, now)
     except GateRefused as e:
-        return str(e)
-    return None
+        return Finding(what="waiver", state="expired", detail=f"{waiver.sentence()}; {e}")
+    return Finding(what="waiver", state="fits", detail=waiver.sentence())
 
 
 def _gate_keys(path: Path, root: Path | None, evidence: bytes) -> "Sequence[Key]":

@@ -24,6 +24,7 @@ from qcore.release.keys import create_keys, load_keys
 from qcore.release.repository import init_repository
 from qcore.release.store import DirectoryStore
 from qcore.report_file import report_from_json
+from qcore.steps import make_owner_key, waive
 from qcore.tracking.journal import End, Line, Metrics, Params, Start, Tags, journals, read_journal
 
 COMPONENTS = (
@@ -220,6 +221,30 @@ def test_a_failed_gate_cannot_be_published(world: World, tmp_path: Path) -> None
             keys=str(world.folder / "keys"),
         )
     assert not (tmp_path / "release").exists()
+
+
+def test_a_waiver_reaches_the_gate_as_text(world: World, tmp_path: Path) -> None:
+    key = make_owner_key(out=tmp_path / "ada.pem")
+    owners = f"waivers: {{owners: [{{name: Ada, key: {key}}}], checks: [size_ratio], max_days: 3}}\n"
+
+    def decide(name: str, waiver: str) -> str:
+        outcome: str = gate.python_func(
+            report=world.artifacts["report"],
+            package=world.artifacts["package"],
+            evidence=dsl.Artifact(name="evidence", uri=str(tmp_path / name)),
+            decision_markdown=dsl.Markdown(name="m", uri=str(tmp_path / "m")),
+            decision_html=dsl.HTML(name="h", uri=str(tmp_path / "h")),
+            key=str(world.folder / "keys" / "gate.pem"),
+            policy=f"{POLICY}budgets: {{size_ratio: 0.01}}\n{owners}",
+            waiver=waiver,
+        )
+        return outcome
+
+    assert decide("failed", "") == "fail"
+    signed = {"evidence": tmp_path / "failed", "key": tmp_path / "ada.pem", "out": tmp_path / "w"}
+    waive(**signed, checks=["size_ratio"], owner="Ada", reason="launch", days=3)
+    assert decide("waived", (tmp_path / "w").read_text()) == "pass"
+    assert (tmp_path / "m").read_text().startswith("**PASS BY WAIVER")
 
 
 @pytest.mark.parametrize("component", ALL, ids=lambda c: c.name)
