@@ -139,7 +139,7 @@ def run_release(
 def _request(arguments: ReleaseArguments) -> dict[str, Json]:
     """Return the pipeline's parameters after checking what would otherwise fail only at the end of a long run."""
     from qcore.config import load_config
-    from qcore.gate import GatePolicy
+    from qcore.policy import GatePolicy
     from qcore.recipe import load_recipe
     from qcore.release.manifest import check_name
     from qcore.target import load_target

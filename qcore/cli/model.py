@@ -182,10 +182,17 @@ def gate(
     key: Annotated[Path, typer.Option("--key", help="Private key file of the gate, e.g. KEYS/gate.pem.")],
     out: opt.Out,
     policy: opt.Policy = None,
+    parity: Annotated[Path | None, typer.Option(help="Report of `qcore parity` on the same model and split.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Refuse a report on another candidate.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Refuse a report against another baseline.")] = None,
+    champion: Annotated[Path | None, typer.Option(help="Refuse a report against another champion.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Data card: refuse a report on other samples.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the card; default: that of the report.")] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Decide whether the candidate may be released, and sign the decision. Exit code 3 unless it passes."""
-    decision = steps.gate(report=report, out=out, key=key, policy=policy)
+    files = steps.MeasuredFiles(model=model, baseline=baseline, champion=champion, data=data, split=split)
+    decision = steps.gate(report=report, out=out, key=key, policy=policy, parity=parity, files=files)
     if as_json:
         print_json({**decision.to_json(), "output": str(out)})
     else:

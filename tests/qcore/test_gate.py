@@ -12,18 +12,10 @@ from pydantic import ValidationError
 
 from qcore.derived import area_metrics, class_counts, class_metrics, confusion, mean, paired_counts
 from qcore.errors import GateRefused
-from qcore.gate import (
-    Budgets,
-    ErrorLimit,
-    GatePolicy,
-    GroupLimit,
-    MetricLimit,
-    ValueLimit,
-    decide,
-    default_policy,
-)
+from qcore.gate import decide, default_policy
 from qcore.groups import Counts, Family, judge_groups, levels
 from qcore.numerics.bounds import paired_lower_bound
+from qcore.policy import Budgets, ErrorLimit, GatePolicy, GroupLimit, MetricLimit, ValueLimit
 from qcore.report import (
     ByModel,
     ClassDetails,
@@ -39,6 +31,7 @@ from qcore.report import (
 )
 from qcore.report_file import report_from_json
 
+MEASURED_AT = "2026-11-27T12:00:00Z"
 ONE_POINT = GatePolicy(top1=MetricLimit(max_drop=0.01))
 
 
@@ -91,6 +84,7 @@ def classified(label, baseline, candidate, slices=None) -> EvaluationReport:
         slices=slices or {},
         runtime={},
         qcore_version="0",
+        measured_at=MEASURED_AT,
     )
 
 
@@ -115,6 +109,7 @@ def valued(task, label=None, **values) -> EvaluationReport:
         samples=Samples(index=tuple(range(n)), label=label, baseline=None, candidate=None, values=columns),
         runtime={},
         qcore_version="0",
+        measured_at=MEASURED_AT,
     )
 
 
@@ -528,5 +523,5 @@ def test_no_field_of_a_report_can_be_left_out(name):
 
 
 def test_a_report_of_an_older_qcore_is_refused_in_words():
-    with pytest.raises(GateRefused, match=r"qcore\.evaluation/2, found qcore\.evaluation/1; run `qcore evaluate`"):
-        report_from_json({**EXPECTED["classes"], "schema": "qcore.evaluation/1"})
+    with pytest.raises(GateRefused, match=r"qcore\.evaluation/3, found qcore\.evaluation/2; run `qcore evaluate`"):
+        report_from_json({**EXPECTED["classes"], "schema": "qcore.evaluation/2"})
