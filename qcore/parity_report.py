@@ -112,6 +112,8 @@ class ParityReport:
         names = [c.name for c in self.conditions]
         if not names or len(set(names)) != len(names):
             raise _wrong("conditions", names, "at least one, each once")
+        if len({c.agreement is None for c in self.conditions}) > 1:
+            raise _wrong("agreement", None, "a share in all conditions or in none")
         for c in self.conditions:
             if (c.top1 is None) != (self.top1 is None):
                 raise _wrong(f"top1 of {c.name}", c.top1, "a share exactly where there is one as evaluated")

@@ -9,7 +9,6 @@ from onnx import helper
 
 from qcore import steps
 from qcore.errors import ConfigError, ModelError
-from qcore.parity import CONDITIONS
 from qcore.parity_report import CONDITION_NAMES, ConditionResult, ParityOf, ParityReport
 from qcore.target import PROFILES
 
