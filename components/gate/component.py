@@ -1,5 +1,7 @@
 """Component `gate`: the signed decision; its one string output is what `dsl.If` looks at."""
 
+from typing import Optional
+
 from kfp import dsl
 
 from qcore.components.images import IMAGE
@@ -13,6 +15,7 @@ def gate(
     decision_html: dsl.Output[dsl.HTML],
     key: str,
     policy: str = "",
+    parity: Optional[dsl.Input[dsl.Artifact]] = None,
 ) -> str:
     """Decide by policy whether the candidate may be released, and sign the decision.
 
@@ -23,6 +26,7 @@ def gate(
         decision_html: The same as a page.
         key: Path to the gate's private key file, mounted from a secret.
         policy: Gate policy as YAML text. Empty: at most one point of accuracy lost at 95 % confidence.
+        parity: Parity report (JSON) of the same model and split; needed where the policy limits parity.
 
     Returns:
         pass, fail or inconclusive.
@@ -36,7 +40,8 @@ def gate(
 
     with Tracker("gate") as t, text_file(policy, "policy.yaml") as policy_file:
         source, out = Path(report.path), Path(evidence.path)
-        decision = steps.gate(report=source, out=out, key=Path(key), policy=policy_file)
+        elsewhere = Path(parity.path) if parity else None
+        decision = steps.gate(report=source, out=out, key=Path(key), policy=policy_file, parity=elsewhere)
         evidence.metadata.update(file_facts(out, "qcore-evidence"))
         pages = {"markdown": Path(decision_markdown.path), "html": Path(decision_html.path)}
         track_decision(t, decision, VerdictFiles(report=source, evidence=out, **pages))
