@@ -30,7 +30,7 @@ from qcore.tracking.journal import End, Journal, now_ms
 from qcore.tracking.tracker import Tracker
 from qcore.tracking.uploader import Uploaded, Uploader
 
-TASKS = ("prune", "calibrate", "quantize", "evaluate", "package", "gate", "publish")
+TASKS = ("prune", "calibrate", "quantize", "evaluate", "package", "parity", "gate", "publish")
 """The tasks of `release` in the order in which they run."""
 
 POLL_S = 0.1
@@ -42,8 +42,9 @@ class ReleaseArguments:
     """What is to be released, and where to.
 
     `model` is a float ONNX file, `data` a card or a folder with exactly one, `policy` a gate policy file (None: the
-    default budget), `repository` an initialised repository folder, `keys` a key folder; `recipe` and `target` are
-    shipped names or files.
+    default budget), `champion` the released model or package that the candidate would replace (None: none),
+    `repository` an initialised repository folder, `keys` a key folder; `recipe` and `target` are shipped names or
+    files.
     """
 
     model: Path
@@ -59,6 +60,7 @@ class ReleaseArguments:
     sparsity: float = 0.0
     calibration_split: str = "calibration"
     evaluation_split: str = "evaluation"
+    champion: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +142,7 @@ def run_release(
 def _request(arguments: ReleaseArguments) -> dict[str, Json]:
     """Return the pipeline's parameters after checking what would otherwise fail only at the end of a long run."""
     from qcore.config import load_config
-    from qcore.gate import GatePolicy
+    from qcore.policy import GatePolicy
     from qcore.recipe import load_recipe
     from qcore.release.manifest import check_name
     from qcore.target import load_target
@@ -153,6 +155,7 @@ def _request(arguments: ReleaseArguments) -> dict[str, Json]:
         (gate_key, "gate key", ConfigError, gate_key.is_file()),
         (a.repository, "repository", ConfigError, a.repository.is_dir()),
         (a.policy or a.keys, "policy", ConfigError, a.policy is None or a.policy.is_file()),
+        (a.champion or a.keys, "champion", ModelError, a.champion is None or a.champion.is_file()),
     ):
         if not exists:
             raise kind(f"{what} {path}: no such file or folder; pass one that exists (`qcore repo init` makes keys)")
@@ -180,6 +183,7 @@ def _request(arguments: ReleaseArguments) -> dict[str, Json]:
         "keys": str(a.keys.absolute()),
         "calibration_split": a.calibration_split,
         "evaluation_split": a.evaluation_split,
+        "champion": str(a.champion.absolute()) if a.champion else "",
     }
 
 

@@ -30,6 +30,7 @@ def run(
     recipe: opt.Recipe = "int8",
     target: opt.Target = "host",
     policy: opt.Policy = None,
+    champion: Annotated[Path | None, typer.Option(help="The released model, ONNX or .qpkg, to compare with.")] = None,
     sparsity: Annotated[float, typer.Option(help="Fraction of weights to zero before quantization.")] = 0.0,
     family: Annotated[str | None, typer.Option(help="Name on devices; default: the model file's name.")] = None,
     version: Annotated[str | None, typer.Option(help="Release version; default: the time.")] = None,
@@ -43,7 +44,7 @@ def run(
     device: Annotated[bool, typer.Option(help="Install a passed release on a device in the workspace.")] = True,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Run prune, calibrate, quantize, evaluate, package, gate, publish; then a local device installs the release.
+    """Run prune, calibrate, quantize, evaluate, package, parity, gate, publish; then a local device installs it.
 
     Exit code 3 unless the gate passes.
     """
@@ -66,6 +67,7 @@ def run(
         recipe=recipe,
         target=hardware if target == "host" else target,
         policy=policy,
+        champion=champion,
         channel=channel,
         sparsity=sparsity,
     )

@@ -84,7 +84,8 @@ def rate_lower_bound(hits: float, n: float, confidence: float) -> float:
 class Estimate:
     """A mean, or a sum of means, as an estimate: its value, and its second and third cumulant.
 
-    `samples` is what the smallest of the means is taken over. With f times the samples the variance is 1 / f of what
+    `samples` is how many values say something about it: those the smallest of the means is taken over, or of them the
+    ones that are not 0. With f times the samples the variance is 1 / f of what
     it is, the third cumulant 1 / f^2.
     """
 
@@ -94,15 +95,20 @@ class Estimate:
     samples: int
 
 
-def mean_of(values: Floats) -> Estimate:
-    """Return the mean of `values` (n,), n > 1, as an estimate."""
+def mean_of(values: Floats, informative: int | None = None) -> Estimate:
+    """Return the mean of `values` (n,), n > 1, as an estimate.
+
+    `informative` is how many of them say something about its spread, all when None. Where most are 0 those are the
+    others: how skewed a mean is that a few values make is known as well as those few tell.
+    """
     n = len(values)
+    samples = n if informative is None else informative
     mean = float(np.mean(values))
     centred = values - mean
     variance = float(np.sum(centred**2)) / (n - 1)
     if math.sqrt(variance) <= 1e-12 * max(abs(mean), float(np.max(np.abs(values)))):
-        return Estimate(value=mean, variance=0.0, third=0.0, samples=n)  # what is left is rounding
-    return Estimate(value=mean, variance=variance / n, third=float(np.mean(centred**3)) / n**2, samples=n)
+        return Estimate(value=mean, variance=0.0, third=0.0, samples=samples)  # what is left is rounding
+    return Estimate(value=mean, variance=variance / n, third=float(np.mean(centred**3)) / n**2, samples=samples)
 
 
 def upper_bound(estimate: Estimate, factor: float, confidence: float) -> float:

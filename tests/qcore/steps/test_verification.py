@@ -18,7 +18,7 @@ from qcore.release.repository import init_repository
 from qcore.release.store import DirectoryStore
 
 SMALL = "budgets: {size_ratio: 0.0001}\n"
-POLICY = f"agreement: {{min: 0.5}}\n{SMALL}"
+POLICY = f"agreement: {{min: 0.5}}\nmax_age_days: 30\nparity: {{sqnr_db: -100}}\n{SMALL}"
 
 
 def with_owner(text: str, key: str, checks: str = "size_ratio") -> str:
@@ -38,6 +38,8 @@ class Judged:
         self.policy.write_text(with_owner(POLICY, steps.make_owner_key(out=folder / "ada.pem")))
         steps.compress(model=self.baseline, data=self.data, out=self.model, target="x86-avx2")
         steps.evaluate(candidate=self.model, baseline=self.baseline, data=self.data, out=self.report)
+        self.parity = folder / "parity.json"
+        steps.parity(model=self.model, data=self.data, out=self.parity, samples=4)
         steps.package(model=self.model, data=self.data, out=self.package, family="tiny", version="1.0")
         self.failed, self.waiver, self.waived = (folder / f"{n}.json" for n in ("failed", "waiver", "waived"))
         self.decide(self.failed)
@@ -46,6 +48,7 @@ class Judged:
 
     def decide(self, out, **more):
         gate = {"report": self.report, "policy": self.policy, "package": self.package, "key": self.gate_key}
+        gate["parity"] = self.parity
         return steps.gate(**{**gate, **more}, out=out)
 
     def waive(self, out, **more):
@@ -56,7 +59,7 @@ class Judged:
     def files(self):
         """Everything that can be held against the evidence."""
         given = {"package": self.package, "model": self.model, "data": self.data}
-        return {**given, "policy": self.policy, "report": self.report}
+        return {**given, "policy": self.policy, "report": self.report, "parity": self.parity}
 
     def verify(self, evidence=None, **files):
         return steps.verify_gate(evidence=evidence or self.failed, key=self.folder / "keys" / "gate.pub", **files)
@@ -76,7 +79,7 @@ def test_genuine_evidence_of_a_fail_is_said_to_be_both(judged):
     assert set(states(found).values()) == {"fits"}
     assert (found.genuine, found.releasable) == (True, False)
     assert found.decision.outcome == "fail"
-    assert "decided again" in found.findings[-1].detail
+    assert states(found)["decided again"] == "fits"
     assert "Ada Example may waive size_ratio" in found.to_json()["who_may_override"]
 
 
@@ -84,7 +87,7 @@ def test_what_was_not_given_is_said_to_be_not_checked(judged):
     found = judged.verify()
     told = states(found)
     assert found.genuine
-    assert {what for what, state in told.items() if state == "not checked"} == set(judged.files)
+    assert {what for what, state in told.items() if state == "not checked"} == {*judged.files, "decided again"}
 
 
 def test_a_pass_by_waiver_holds_until_it_expires(judged):
@@ -128,16 +131,19 @@ def test_a_gate_that_signs_what_the_report_does_not_say_is_found_out(judged, tmp
     (tmp_path / "e.json").write_bytes(sign_decision(replace(honest, checks=bought, outcome="pass"), signer))
     alone = judged.verify(tmp_path / "e.json")
     assert alone.releasable  # the gate's word, and nothing to hold against it
-    found = judged.verify(tmp_path / "e.json", report=judged.report, policy=judged.policy)
-    assert (states(found)["report"], found.genuine) == ("does not fit", False)
+    found = judged.verify(tmp_path / "e.json", report=judged.report, policy=judged.policy, parity=judged.parity)
+    assert (states(found)["decided again"], found.genuine) == ("does not fit", False)
 
 
 def test_the_default_policy_is_known_without_a_file(judged, tmp_path):
     judged.decide(tmp_path / "e.json", policy=None)
-    found = judged.verify(tmp_path / "e.json", report=judged.report)
-    assert "decided again" in next(f for f in found.findings if f.what == "report").detail
-    unknown = judged.verify(judged.failed, report=judged.report)
-    assert "not decided again: pass --policy too" in unknown.findings[-1].detail
+    found = judged.verify(tmp_path / "e.json", report=judged.report, parity=judged.parity)
+    assert states(found)["decided again"] == "fits"
+    for missing in ("policy", "parity"):
+        known = {name: judged.files[name] for name in ("report", "policy", "parity") if name != missing}
+        unknown = {f.what: f for f in judged.verify(judged.failed, **known).findings}["decided again"]
+        assert unknown.state == "not checked"
+        assert f"no --{missing} given" in unknown.detail
 
 
 def test_another_key_finds_nothing_to_believe(judged, tmp_path):
@@ -217,7 +223,7 @@ def test_a_package_with_any_byte_changed_is_not_the_one_that_was_gated(judged, t
 @given(st.data())
 def test_a_policy_with_any_byte_changed_means_the_same_or_does_not_fit(judged, tmp_path, data):
     from qcore.config import load_config
-    from qcore.gate import GatePolicy
+    from qcore.policy import GatePolicy
 
     bad = flipped(judged.policy, tmp_path / "bad.yaml", data)
     try:

@@ -47,6 +47,7 @@ def report(labels: bool = True) -> EvaluationReport:
         ),
         runtime={"onnxruntime": "1.27"},
         qcore_version="0.1.0",
+        measured_at="2026-11-27T12:00:00Z",
     )
 
 
