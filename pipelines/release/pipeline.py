@@ -68,6 +68,7 @@ def release(
     evaluated = tracked(evaluate(candidate=candidate, baseline=model, champion=champion, **measured, **digests))
     kubernetes.mount_pvc(evaluated, REPOSITORY_VOLUME, mount_path=REPOSITORY)
     same = tracked(parity(model=candidate, samples=parity_samples, data_sha256=data_sha256, **measured), cache=True)
+    same.after(evaluated)  # beside it on one machine, it would be in the latency
     reports = {"report": evaluated.outputs["report"], "parity": same.outputs["report"]}
     gated = tracked(gate(**reports, key=f"{keys}/gate.pem", policy=policy))
     kubernetes.use_secret_as_volume(gated, GATE_KEY_VOLUME, mount_path=KEYS)
