@@ -14,7 +14,7 @@ import pytest
 from kfp import dsl
 
 from qcore import components, demo
-from qcore.components import calibrate, evaluate, gate, package, prune, publish, quantize
+from qcore.components import calibrate, evaluate, gate, package, parity, prune, publish, quantize
 from qcore.components.images import IMAGE
 from qcore.demo.make_data import write_digits
 from qcore.errors import GateRefused, ModelError
@@ -198,6 +198,36 @@ def test_another_model_than_the_one_named_is_refused(world: World, tmp_path: Pat
     with pytest.raises(ModelError, match="expected"):
         prune.python_func(model=world.artifacts["model"], pruned=pruned, summary=summary, model_sha256="0" * 64)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_champion_and_parity_reach_the_gate(world: World, tmp_path: Path) -> None:
+    def out(name: str, kind: type[dsl.Artifact] = dsl.Artifact) -> dsl.Artifact:
+        return kind(name=name, uri=str(tmp_path / name))
+
+    candidate, data = world.artifacts["quantized"], world.artifacts["data"]
+    measured, elsewhere = out("report"), out("parity")
+    named = {"candidate": candidate, "baseline": world.artifacts["model"], "data": data}
+    metrics = out("metrics", dsl.Metrics)
+    evaluate.python_func(**named, report=measured, metrics=metrics, champion=str(MODEL))
+    assert metrics.metadata["champion_top1"] == metrics.metadata["baseline_top1"]
+    parity.python_func(model=candidate, data=data, report=elsewhere, metrics=out("m", dsl.Metrics), samples=8)
+    assert elsewhere.metadata["format"] == "qcore-parity"
+    policy = "top1: {max_drop: 0.05, max_drop_champion: 0.05}\nparity: {sqnr_db: 0}\n"
+    pages = {"decision_markdown": out("md", dsl.Markdown), "decision_html": out("html", dsl.HTML)}
+    fixed = {
+        "evidence": out("e"),
+        "package": world.artifacts["package"],
+        **pages,
+        "key": str(world.folder / "keys" / "gate.pem"),
+        "policy": policy,
+    }
+    assert gate.python_func(report=measured, parity=elsewhere, **fixed) == "pass"
+    assert gate.python_func(report=measured, **fixed) == "fail"
+    assert gate.python_func(report=world.artifacts["report"], parity=elsewhere, **fixed) == "fail"
+    with pytest.raises(ModelError, match=r"champion .* does not exist"):
+        evaluate.python_func(**named, report=out("r"), metrics=metrics, champion=str(tmp_path / "none.onnx"))
+    with pytest.raises(ModelError, match="expected 000"):
+        evaluate.python_func(**named, report=out("r"), metrics=metrics, champion=str(MODEL), champion_sha256="0" * 64)
 
 
 def test_a_failed_gate_cannot_be_published(world: World, tmp_path: Path) -> None:

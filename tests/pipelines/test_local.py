@@ -50,6 +50,14 @@ class Both:
     database: str
 
 
+POLICY = """\
+name: 'it''s python3'
+top1: {max_drop: 0.05, max_drop_champion: 0.05}
+parity: {agreement: 0.5, sqnr_db: 0}
+max_age_days: 1
+"""
+
+
 def release(arguments: ReleaseArguments, workspace: Path, uri: str | None) -> Finished:
     seen: list[Row] = []
     started = time.monotonic()
@@ -63,7 +71,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> ReleaseArguments:
     folder = tmp_path_factory.mktemp("my python3 project")
     keys = create_keys(folder / "keys", ["stable"])
     init_repository(DirectoryStore(folder=folder / "repository"), keys, ["stable"], now=datetime.now(UTC))
-    (folder / "policy.yaml").write_text("name: 'it''s python3'\ntop1: {max_drop: 0.05}\n")
+    (folder / "policy.yaml").write_text(POLICY)
     return ReleaseArguments(
         model=MODEL,
         data=write_digits(folder / "data"),
@@ -72,6 +80,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> ReleaseArguments:
         repository=folder / "repository",
         keys=folder / "keys",
         policy=folder / "policy.yaml",
+        champion=MODEL,
     )
 
 
@@ -106,6 +115,9 @@ def test_a_pass_is_published(both: Both, arguments: ReleaseArguments) -> None:
     assert (arguments.repository / "metadata" / "timestamp.json").exists()
     assert [(r.name, r.state) for r in run.tasks] == [(name, "done") for name in TASKS]
     assert run.output("gate", "decision_markdown").read_text().startswith("**PASS")
+    judged = {c.name for c in run.decision.checks}
+    assert judged >= {"top1_drop", "top1_champion_drop", "parity_agreement", "parity_sqnr_db", "age_days"}
+    assert run.decision.champion_sha256 == run.decision.baseline_sha256 == sha256_file(MODEL)
 
 
 def test_anything_else_is_a_result_and_not_published(both: Both) -> None:

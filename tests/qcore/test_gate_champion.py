@@ -287,3 +287,29 @@ def test_more_losses_against_the_champion_never_help(wins, losses, n):
     order = ["fail", "inconclusive", "pass"]
     before, after = (decide(released(wins, k, n), AGAINST).outcome for k in (losses, losses + 1))
     assert order.index(after) <= order.index(before)
+
+
+FULL = {
+    "confidence": 0.95,
+    "top1": {"min": 0.99, "max_drop": 0.01, "max_drop_champion": 0.01},
+    "agreement": {"min": 0.99, "max_drop_champion": 0.01},
+    "output_sqnr_db": 40.0,
+    "slices": {"max_drop": 0.01, "max_drop_champion": 0.01, "min_support": 50, "require": True},
+    "classes": {"max_drop": 0.01, "max_drop_champion": 0.01},
+    "budgets": {"size_bytes": 1, "size_ratio": 0.001, "latency_ratio": 0.001},
+    "parity": {"agreement": 0.9, "sqnr_db": 20.0, "conditions": ["exact-integers"]},
+    "max_age_days": 0.001,
+}
+
+
+def test_no_field_of_a_policy_can_be_damaged_or_left_out_to_let_a_bad_model_pass():
+    """What is left of the policy is asked all the same; what is no number is refused."""
+    bad = with_champion(grouped((400, 400), (100, 100)), (0,) * 800)
+    assert decide(bad, GatePolicy.model_validate(FULL), now=NOW).outcome == "fail"
+    for path in places(FULL):
+        for how in WRONG:
+            with contextlib.suppress(ValidationError):
+                assert decide(bad, GatePolicy.model_validate(damaged(FULL, path, how)), now=NOW).outcome != "pass"
+        for how in (float("nan"), float("inf"), float("-inf"), "x"):
+            with pytest.raises(ValidationError):
+                GatePolicy.model_validate(damaged(FULL, path, how))
