@@ -11,7 +11,7 @@ Source: TUF specification 1.0.31, sections 4 (formats) and 6 (consistent snapsho
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -22,7 +22,7 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, Targets, Timestamp
 
 from qcore.canonical import sha256_bytes
-from qcore.errors import ReleaseError
+from qcore.errors import DoubtfulWriteError, ReleaseError
 from qcore.release.keys import KeyRing
 from qcore.release.store import ObjectStore
 
@@ -40,6 +40,8 @@ RESIGN_AFTER = 1 / 8
 """The share of its life after which `refresh` signs a role again: 6 h for the timestamp."""
 MAX_ATTEMPTS = 50
 MAX_PROBES = 1000
+MAX_REREADS = 6
+"""How often a commit is read back, over 1.5 s, before the store is said to serve stale reads."""
 
 _Role = TypeVar("_Role", Root, Timestamp, Snapshot, Targets)
 
@@ -84,7 +86,8 @@ def transact(store: ObjectStore, keys: KeyRing, now: datetime, decide: Callable[
     nothing is to be done. An empty change renews the timestamp (and the snapshot when it is due).
 
     Raises:
-        ReleaseError: the store does not verify, a key is missing or not the trusted one, or the races were all lost.
+        ReleaseError: the store does not verify, a key is missing or not the trusted one, the races were all lost, or
+            the store does not show what was committed.
     """
     wait = random.SystemRandom()
     for attempt in range(MAX_ATTEMPTS):
@@ -92,10 +95,24 @@ def transact(store: ObjectStore, keys: KeyRing, now: datetime, decide: Callable[
         change = decide(trusted)
         if change is None:
             return trusted
-        if _commit(store, trusted, change, keys, now):
-            return load_current(store, keys, now)
+        with suppress(DoubtfulWriteError):  # asked again like after a lost race: `decide` sees what is there
+            if _commit(store, trusted, change, keys, now):
+                return _load_committed(store, keys, now, trusted.timestamp.version + 1)
         time.sleep(wait.uniform(0, 0.01 * 2 ** min(attempt, 5)))
     raise ReleaseError(f"other publishers were faster {MAX_ATTEMPTS} times; nothing was published; publish again")
+
+
+def _load_committed(store: ObjectStore, keys: KeyRing, now: datetime, version: int) -> Trusted:
+    """Return a state at least as new as the timestamp `version` that was just committed."""
+    for attempt in range(MAX_REREADS):
+        time.sleep(0.1 * attempt)
+        trusted = load_current(store, keys, now)
+        if trusted.timestamp.version >= version:
+            return trusted
+    raise ReleaseError(
+        f"timestamp version {version} is committed, and the store still shows version {trusted.timestamp.version}: "
+        "stale reads; run `qcore repo doctor`"
+    )
 
 
 def read_pinned(keys: KeyRing) -> bytes:
