@@ -26,29 +26,30 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    ConnectTimeoutError,
     FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
 )
+from botocore.exceptions import ConnectionError as NoConnectionError
 
 from qcore.canonical import sha256_bytes
 from qcore.errors import DoubtfulWriteError, ReleaseError
 from qcore.release.store import KEY, Object, check_key
 
 CONNECT_TIMEOUT_S = 5.0
-READ_TIMEOUT_S = 20.0
+READ_TIMEOUT_S = 15.0
 """Longer than servers hold back the losers of a race for one key (SeaweedFS: 3 s)."""
-ATTEMPTS = 8
-FIRST_WAIT_S = 0.1
-LONGEST_WAIT_S = 3.0
-"""Waits between attempts double from the first to the longest and are jittered: 5 s in all where answers are quick."""
+ATTEMPTS = 6
+FIRST_WAIT_S = 0.2
+LONGEST_WAIT_S = 5.0
+"""Waits between attempts double from the first to the longest and are jittered: at most 6.2 s in all, and 90 s more
+where every attempt waits for its answer in vain."""
 WRITE_TOKEN, CONTENT_SHA256 = "qcore-write", "qcore-sha256"
 """Metadata of an object: which call wrote it, and the digest of its bytes (noticed: bodies cut on the way)."""
 
 _URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9][A-Za-z0-9._-]*)*)/?", re.ASCII)
 _LONGEST_PREFIX = 256
-_TRANSPORT = (HTTPClientError, IncompleteReadError, FlexibleChecksumError)
+_TRANSPORT = (NoConnectionError, HTTPClientError, IncompleteReadError, FlexibleChecksumError)
 _CONFLICTS = ("ConditionalRequestConflict", "OperationAborted")
 _HINTS = {
     "NoSuchBucket": "make the bucket, or correct the address",
@@ -93,7 +94,9 @@ def open_s3(url: str, *, read_timeout_s: float = READ_TIMEOUT_S) -> "S3Store":
     try:
         client = boto3.session.Session().client("s3", config=config)
     except (BotoCoreError, ValueError) as e:
-        raise ReleaseError(f"store {url}: the AWS configuration cannot be used ({type(e).__name__}); mend it") from e
+        name = type(e).__name__
+        hint = _HINTS.get(name, "mend the environment (AWS_...) or ~/.aws/config")
+        raise ReleaseError(f"store {url}: the AWS configuration cannot be used: {name}; {hint}") from e
     return S3Store(client=client, bucket=parts[1], prefix=parts[2].strip("/") + "/" if parts[2] else "")
 
 
@@ -164,10 +167,10 @@ class S3Store:
                     doubtful |= status >= 500 and code != "SlowDown"
             except _TRANSPORT as e:
                 observed = type(e).__name__
-                doubtful |= not isinstance(e, ConnectTimeoutError)
+                doubtful |= not isinstance(e, NoConnectionError)  # nothing was sent
             except BotoCoreError as e:
                 raise self._refusal("write", write.key, type(e).__name__, _HINTS.get(type(e).__name__, _AGAIN)) from e
-        if doubtful and self._read_back(write, doubtful=True) is True:
+        if doubtful and self._was_written(write, observed):
             return True
         if not observed.startswith("412"):
             raise self._refusal("write", write.key, f"{observed} ({ATTEMPTS} times)", _AGAIN)
@@ -194,6 +197,16 @@ class S3Store:
                 "since; whether the write counted is not known; read what is there, and repeat what is missing"
             )
         return False
+
+    def _was_written(self, write: "_Write", observed: str) -> bool:
+        """Return whether a write that was never answered is there; the attempts are used up."""
+        try:
+            return self._read_back(write, doubtful=True) is True
+        except DoubtfulWriteError:
+            raise
+        except ReleaseError as e:
+            what = f"{observed} ({ATTEMPTS} times), nor read back: whether it counted is not known"
+            raise self._refusal("write", write.key, what, _AGAIN) from e
 
     def _read(self, key: str) -> "_Found | None":
         place = {"Bucket": self.bucket, "Key": self.prefix + key}
