@@ -4,6 +4,7 @@ It is a third party's build for tests only (extra `dev`, Linux on x86_64); where
 so. Several servers may run side by side: nothing is shared between them.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -14,12 +15,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 BUCKET = "models"
+ANYBODY_READS = {
+    "Version": "2012-10-17",
+    "Statement": [
+        {"Effect": "Allow", "Principal": "*", "Action": "s3:GetObject", "Resource": f"arn:aws:s3:::{BUCKET}/*"}
+    ],
+}
+"""Devices read over plain http(s): the repository's safety is in its signatures."""
 KEY_ID, SECRET = "test-key-id", "test-secret-of-nobody"
 READY_S = 60.0
 
@@ -90,7 +99,7 @@ class Server:
                     raise AssertionError(f"no S3 server ({e}): {self.log.read_text()[-2000:]}") from e
                 time.sleep(0.1)
 
-    def client(self) -> object:
+    def client(self) -> Any:
         """Return a boto3 client of this server."""
         return boto3.client(
             "s3",
@@ -125,6 +134,7 @@ def seaweedfs(folder: Path) -> Iterator[Server]:
     server = Server(command=command, endpoint=f"http://127.0.0.1:{s3}", log=folder / "server.log", env=env)
     try:
         server.start()
+        server.client().put_bucket_policy(Bucket=BUCKET, Policy=json.dumps(ANYBODY_READS))
         yield server
     finally:
         server.kill()

@@ -17,7 +17,7 @@ from qcore.errors import ReleaseError
 from qcore.release.store import ErasableStore
 
 RACES = 10
-WRITERS = 4
+WRITERS = 2
 """Rounds of each race, and who races: where check and write are two steps, some rounds have several winners."""
 OVERWRITES = 20
 LISTED = 25
