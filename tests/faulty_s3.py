@@ -50,12 +50,17 @@ class Answer:
 
 @dataclass
 class Proxy:
-    """The proxy's address, the faults that are still to come, and what passed: (method, path, status)."""
+    """The proxy's address, the faults that are still to come, and what passed: (method, path, status).
+
+    Every request takes `delay_s` longer, as over a long line; `times` says when each one began and ended.
+    """
 
     endpoint: str
     faults: list[Fault] = field(default_factory=list)
     seen: list[tuple[str, str, int]] = field(default_factory=list)
     first: dict[str, Answer] = field(default_factory=dict)
+    delay_s: float = 0.0
+    times: list[tuple[float, float]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fault_for(self, method: str, path: str) -> Fault | None:
@@ -66,6 +71,14 @@ class Proxy:
                     fault.times -= 1
                     return fault
         return None
+
+    def round_trips(self) -> int:
+        """Return the length of the longest chain of requests of which each began after the one before had ended."""
+        trips, last = 0, 0.0
+        for began, ended in sorted(self.times, key=lambda t: t[1]):
+            if began >= last:
+                trips, last = trips + 1, ended
+        return trips
 
     def spent(self) -> bool:
         """Return whether every fault happened as often as it was asked for."""
@@ -84,6 +97,8 @@ class Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         """Pass the request on, or do what its fault says."""
         proxy = self.server.proxy
+        began = time.monotonic()
+        time.sleep(proxy.delay_s)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = proxy.fault_for(self.command, self.path)
         what = fault.what if fault else None
@@ -98,6 +113,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         proxy.seen.append((self.command, self.path, answer.status))
+        proxy.times.append((began, time.monotonic()))
         self.say(answer, what)
 
     do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_any  # noqa: N815 - names of http.server

@@ -11,6 +11,7 @@ Source: TUF specification 1.0.31, sections 4 (formats) and 6 (consistent snapsho
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -43,6 +44,10 @@ MAX_PROBES = 1000
 MAX_REREADS = 6
 """How often a commit is read back, over 1.5 s, before the store is said to serve stale reads."""
 
+MAX_SIDE_BY_SIDE = 8
+"""Requests at a time: a release takes 11 round trips of a store that is far away, not one for every file."""
+
+_T = TypeVar("_T")
 _Role = TypeVar("_Role", Root, Timestamp, Snapshot, Targets)
 
 
@@ -79,11 +84,18 @@ class Change:
     objects: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def transact(store: ObjectStore, keys: KeyRing, now: datetime, decide: Callable[[Trusted], Change | None]) -> Trusted:
+def transact(
+    store: ObjectStore,
+    keys: KeyRing,
+    now: datetime,
+    decide: Callable[[Trusted], Change | None],
+    known: Trusted | None = None,
+) -> Trusted:
     """Return the verified state after the change that `decide` asks for is committed.
 
-    `decide` sees a verified state and is asked again, on the winner's state, after a lost race. None means that
-    nothing is to be done. An empty change renews the timestamp (and the snapshot when it is due).
+    `decide` sees a verified state (`known`, if it was just loaded) and is asked again, on the winner's state, after a
+    lost race. None means that nothing is to be done. An empty change renews the timestamp (and the snapshot when it
+    is due).
 
     Raises:
         ReleaseError: the store does not verify, a key is missing or not the trusted one, the races were all lost, or
@@ -91,7 +103,7 @@ def transact(store: ObjectStore, keys: KeyRing, now: datetime, decide: Callable[
     """
     wait = random.SystemRandom()
     for attempt in range(MAX_ATTEMPTS):
-        trusted = load_current(store, keys, now)
+        trusted = known if known is not None and attempt == 0 else load_current(store, keys, now)
         change = decide(trusted)
         if change is None:
             return trusted
@@ -150,22 +162,28 @@ def load_trusted(store: ObjectStore, pinned: bytes) -> Trusted:
     Raises:
         ReleaseError: there is no repository, or a file is missing, forged or not the one that is named.
     """
-    found = store.get(TIMESTAMP_KEY)
+    with ThreadPoolExecutor(1) as beside:
+        chain = beside.submit(load_root, store, pinned)
+        found = store.get(TIMESTAMP_KEY)
+        root = chain.result()
     if found is None:
         raise ReleaseError("no repository in this store (no timestamp.json); make one with `qcore repo init`")
-    root = load_root(store, pinned)
     timestamp = _verified(Timestamp, found.data, root, "timestamp")
-    snapshot = _load(store, Snapshot, root, "snapshot", timestamp.snapshot_meta)
-    roles = {name.removesuffix(".json"): meta for name, meta in snapshot.meta.items()}
-    if "targets" not in roles:
+    meta = timestamp.snapshot_meta
+    snapshot = _named(Snapshot, _fetch(store, "snapshot", meta), root, "snapshot", meta)
+    metas = {name.removesuffix(".json"): meta for name, meta in sorted(snapshot.meta.items())}
+    if "targets" not in metas:
         raise ReleaseError("repository: the snapshot names no targets role; restore the store from a backup")
-    targets = _load(store, Targets, root, "targets", roles.pop("targets"))
+    files = dict(
+        zip(metas, _at_once([partial(_fetch, store, name, meta) for name, meta in metas.items()]), strict=True)
+    )
+    targets = _named(Targets, files["targets"], root, "targets", metas["targets"])
     return Trusted(
         root=root,
         timestamp=timestamp,
         snapshot=snapshot,
         targets=targets,
-        delegated={name: _load(store, Targets, targets, name, meta) for name, meta in sorted(roles.items())},
+        delegated={n: _named(Targets, files[n], targets, n, m) for n, m in metas.items() if n != "targets"},
         etag=found.etag,
     )
 
@@ -223,8 +241,7 @@ def put_object(store: ObjectStore, key: str, data: bytes) -> None:
 
 
 def _commit(store: ObjectStore, trusted: Trusted, change: Change, keys: KeyRing, now: datetime) -> bool:
-    for key, data in change.objects.items():
-        put_object(store, key, data)
+    _at_once([partial(put_object, store, key, data) for key, data in change.objects.items()])
     metas = dict(trusted.snapshot.meta)
     targets = change.drafts["targets"].role if "targets" in change.drafts else trusted.targets
     for name, draft in change.drafts.items():
@@ -293,13 +310,24 @@ def load_root(store: ObjectStore, pinned: bytes) -> Root:
         return root
 
 
-def _load(store: ObjectStore, kind: type[_Role], delegator: Root | Targets, name: str, meta: MetaFile) -> _Role:
+def _at_once(calls: Sequence[Callable[[], _T]]) -> list[_T]:
+    """Return the results of calls that mostly wait for the store, made side by side."""
+    with ThreadPoolExecutor(MAX_SIDE_BY_SIDE) as threads:
+        return [made.result() for made in [threads.submit(call) for call in calls]]
+
+
+def _fetch(store: ObjectStore, name: str, meta: MetaFile) -> bytes:
     found = store.get(f"metadata/{meta.version}.{name}.json")
     if found is None:
         raise ReleaseError(f"repository: {meta.version}.{name}.json is missing; restore the store from a backup")
     with _reading(name):
         meta.verify_length_and_hashes(found.data)
-    signed = _verified(kind, found.data, delegator, name)
+    return found.data
+
+
+def _named(kind: type[_Role], data: bytes, delegator: Root | Targets, name: str, meta: MetaFile) -> _Role:
+    """Return the role in `data` if it verifies and is of the version that `meta` names."""
+    signed = _verified(kind, data, delegator, name)
     if signed.version != meta.version:
         raise ReleaseError(f"repository: {name} is version {signed.version}, named as {meta.version}; check the store")
     return signed

@@ -18,6 +18,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -89,7 +90,6 @@ def open_s3(url: str, *, read_timeout_s: float = READ_TIMEOUT_S) -> "S3Store":
         read_timeout=read_timeout_s,
         retries={"total_max_attempts": 1},
         request_checksum_calculation="when_required",  # ours is a plain header; servers choke on aws-chunked trailers
-        max_pool_connections=4,
     )
     try:
         client = boto3.session.Session().client("s3", config=config)
@@ -132,7 +132,7 @@ class S3Store:
         while True:
             page: dict[str, Any] = {} if token is None else {"ContinuationToken": token}
             page |= {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
-            answer = self._patiently("list", prefix, lambda page=page: self.client.list_objects_v2(**page))  # type: ignore[misc]  # a default binds the loop's value
+            answer = self._patiently("list", prefix, partial(self.client.list_objects_v2, **page))
             found = [o["Key"].removeprefix(self.prefix) for o in answer.get("Contents", ())]
             more = answer.get("NextContinuationToken") if answer.get("IsTruncated") else None
             if more is not None and (more == token or keys.issuperset(found)):
