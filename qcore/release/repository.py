@@ -175,12 +175,13 @@ def publish_release(store: ObjectStore, submission: Submission, keys: KeyRing, *
     check_name("channel", submission.channel, ReleaseError)
     candidate = _inspect(submission)
     manifest = candidate.proof.manifest
-    known: Trusted | None = load_current(store, keys, now)
-    _channel_role(known, submission.channel)
-    if f"models-{manifest.family}" not in known.delegated:
+    trusted = load_current(store, keys, now)
+    _channel_role(trusted, submission.channel)
+    is_new = f"models-{manifest.family}" not in trusted.delegated
+    if is_new:
         check_evidence(candidate.proof, [keys.signer("gate").public_key])  # a refused release must leave no trace
         add_family(store, keys, manifest.family, now=now)
-        known = None
+    known = None if is_new else trusted
     trusted = transact(store, keys, now, lambda current: _plan(current, candidate, keys, now), known)
     return _release(trusted, manifest.family, manifest.version, submission.channel)
 

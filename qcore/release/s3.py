@@ -223,7 +223,7 @@ class S3Store:
                 raise self._refusal("read", key, "an object without ETag", "do not use this server")
             notes = {k.lower(): v for k, v in answer.get("Metadata", {}).items()}  # some servers change the case
             if notes.get(CONTENT_SHA256, sha256_bytes(data)) != sha256_bytes(data):
-                raise IncompleteReadError(actual_bytes=len(data), expected_bytes=answer["ContentLength"])
+                raise IncompleteReadError(actual_bytes=len(data), expected_bytes=answer.get("ContentLength", -1))
             return _Found(object=Object(data=data, etag=answer["ETag"]), token=notes.get(WRITE_TOKEN))
 
         return self._patiently("read", key, once)

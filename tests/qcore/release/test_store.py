@@ -64,6 +64,44 @@ def test_bytes_come_back_as_they_were_written(location: str, data: bytes, other:
     assert store.list(key) == [key]
 
 
+KEYS = ("a.json", "b/1.json", "b/2.json")
+CALLS = st.one_of(
+    st.tuples(st.just("create"), st.sampled_from(KEYS), st.sampled_from([b"", b"1", b"2"])),
+    st.tuples(st.just("swap"), st.sampled_from(KEYS), st.sampled_from([b"", b"1", b"2"])),
+    st.tuples(st.just("swap by an old tag"), st.sampled_from(KEYS), st.sampled_from([b"", b"1", b"2"])),
+    st.tuples(st.just("remove"), st.sampled_from(KEYS), st.just(b"")),
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(calls=st.lists(CALLS, max_size=12))
+def test_any_calls_end_as_in_a_dictionary(location: str, calls: list[tuple[str, str, bytes]]) -> None:
+    store = open_store(f"{location}/x{uuid.uuid4().hex}")
+    model: dict[str, bytes] = {}
+    tags = {key: ["none"] for key in KEYS}
+    meant: dict[str, bytes] = {}  # what a tag stands for; the same bytes may have the same tag again
+    for call, key, data in calls:
+        if call == "create":
+            assert store.put_if_absent(key, data) is (key not in model)
+            model.setdefault(key, data)
+        elif call == "remove":
+            store.remove(key)
+            model.pop(key, None)
+        else:
+            tag = tags[key][-1 if call == "swap" else len(tags[key]) // 2]
+            expected = key in model and meant.get(tag) == model[key]
+            assert store.put_if_match(key, data, tag) is expected
+            if expected:
+                model[key] = data
+        found = store.get(key)
+        assert (found.data if found is not None else None) == model.get(key)
+        if found is not None:
+            tags[key].append(found.etag)
+            meant[found.etag] = found.data
+        assert store.list("") == sorted(model)
+        assert store.list("b/") == sorted(k for k in model if k.startswith("b/"))
+
+
 @pytest.mark.parametrize("data", [b"", bytes(range(256)) * 20_480], ids=["empty", "5 MB"])
 def test_empty_and_large_objects(store: ErasableStore, data: bytes) -> None:
     assert store.put_if_absent("models/o.qpkg", data)
@@ -166,6 +204,7 @@ def run_all(processes: list[multiprocessing.context.SpawnProcess]) -> None:
     assert [p.exitcode for p in processes] == [0] * len(processes)
 
 
+@pytest.mark.slow
 def test_what_was_acknowledged_survives_a_kill_of_the_server(s3_environment: Server) -> None:
     """On S3 only: a directory store has no server, and its writers' deaths are in test_crashes.py."""
     location = f"s3://{BUCKET}/{uuid.uuid4().hex}"
