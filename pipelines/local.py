@@ -43,15 +43,15 @@ class ReleaseArguments:
 
     `model` is a float ONNX file, `data` a card or a folder with exactly one, `policy` a gate policy file (None: the
     default budget), `champion` the released model or package that the candidate would replace (None: none),
-    `repository` an initialised repository folder, `keys` a key folder; `recipe` and `target` are shipped names or
-    files.
+    `repository` an initialised repository (a folder, or s3://bucket/prefix as text), `keys` a key folder; `recipe` and
+    `target` are shipped names or files.
     """
 
     model: Path
     data: Path
     family: str
     version: str
-    repository: Path
+    repository: str | Path
     keys: Path
     recipe: str = "int8"
     target: str = "x86-avx2"
@@ -144,6 +144,7 @@ def _request(arguments: ReleaseArguments) -> dict[str, Json]:
     from qcore.config import load_config
     from qcore.policy import GatePolicy
     from qcore.recipe import load_recipe
+    from qcore.release.location import absolute_location, is_url
     from qcore.release.manifest import check_name
     from qcore.target import load_target
 
@@ -153,7 +154,7 @@ def _request(arguments: ReleaseArguments) -> dict[str, Json]:
         (a.model, "model", ModelError, a.model.is_file()),
         (card, "data", DataError, card.exists()),
         (gate_key, "gate key", ConfigError, gate_key.is_file()),
-        (a.repository, "repository", ConfigError, a.repository.is_dir()),
+        (a.repository, "repository", ConfigError, is_url(a.repository) or Path(a.repository).is_dir()),
         (a.policy or a.keys, "policy", ConfigError, a.policy is None or a.policy.is_file()),
         (a.champion or a.keys, "champion", ModelError, a.champion is None or a.champion.is_file()),
     ):
@@ -179,7 +180,7 @@ def _request(arguments: ReleaseArguments) -> dict[str, Json]:
         "sparsity": a.sparsity,
         "policy": a.policy.read_text(encoding="utf-8") if a.policy else "",
         "channel": a.channel,
-        "repository": str(a.repository.absolute()),
+        "repository": absolute_location(a.repository),
         "keys": str(a.keys.absolute()),
         "calibration_split": a.calibration_split,
         "evaluation_split": a.evaluation_split,
@@ -201,10 +202,10 @@ def _check_splits(a: ReleaseArguments) -> None:
 
 def _check_channel(a: ReleaseArguments) -> None:
     """Refuse a channel that the repository does not have."""
+    from qcore.release.location import open_store
     from qcore.release.repository import status
-    from qcore.release.store import DirectoryStore
 
-    roles = [row.role for row in status(DirectoryStore(folder=a.repository), now=datetime.now(UTC))]
+    roles = [row.role for row in status(open_store(a.repository), now=datetime.now(UTC))]
     if f"channel-{a.channel}" not in roles:
         known = ", ".join(r.removeprefix("channel-") for r in roles if r.startswith("channel-"))
         raise ReleaseError(f"repository {a.repository} has no channel {a.channel!r}; allowed: {known or 'none'}")

@@ -25,6 +25,14 @@ MLFLOW_ENV = {
     "password": "MLFLOW_TRACKING_PASSWORD",
 }
 MLFLOW_ENV_SOURCE = "qcore-mlflow"
+S3_ENV = {
+    "endpoint": "AWS_ENDPOINT_URL_S3",
+    "region": "AWS_DEFAULT_REGION",
+    "access-key-id": "AWS_ACCESS_KEY_ID",
+    "secret-access-key": "AWS_SECRET_ACCESS_KEY",
+}
+S3_ENV_SOURCE = "qcore-s3"
+"""Where `publish` finds the store of an s3:// repository; a pod with a cloud identity needs none of it."""
 
 
 def tracked(task: dsl.PipelineTask, *, cache: bool = False) -> dsl.PipelineTask:
@@ -79,4 +87,5 @@ def release(
     with dsl.If(gated.outputs["Output"] == "pass", name="passed"):
         published = publish(package=packed, evidence=evidence, repository=repository, keys=keys, channel=channel)
         kubernetes.use_secret_as_volume(tracked(published), PUBLISHER_KEYS_VOLUME, mount_path=KEYS)
+        kubernetes.use_secret_as_env(published, S3_ENV_SOURCE, S3_ENV, optional=True)
         kubernetes.mount_pvc(published, REPOSITORY_VOLUME, mount_path=REPOSITORY)

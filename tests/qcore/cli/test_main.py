@@ -30,7 +30,7 @@ def files(tmp_path_factory):
     return save(proto, folder / "m.onnx"), write_data(folder, proto)
 
 
-def test_the_verbs_make_one_path(files, tmp_path):
+def test_the_verbs_make_one_path(files, tmp_path, location):
     model, card = files
 
     def run(*arguments, code=0):
@@ -38,7 +38,8 @@ def test_the_verbs_make_one_path(files, tmp_path):
         assert done.returncode == code, done.stderr
         return json.loads(done.stdout)  # one object and nothing else
 
-    run("repo", "init", "--repository", tmp_path / "repo", "--keys", tmp_path / "keys")
+    assert run("repo", "doctor", "--repository", location)["ok"] is True
+    run("repo", "init", "--repository", location, "--keys", tmp_path / "keys")
     table = run("calibrate", "--model", model, "--data", card, "--out", tmp_path / "t.json")
     assert table["samples"] == 40
     made = run("quantize", "--model", model, "--table", tmp_path / "t.json", "--out", tmp_path / "q.onnx")
@@ -66,10 +67,10 @@ def test_the_verbs_make_one_path(files, tmp_path):
     known = ["--report", tmp_path / "r.json", "--policy", tmp_path / "p.yaml", "--data", card]
     verified = run("gate", "verify", *proof, "--key", tmp_path / "keys" / "gate.pub", *shipped, *known)
     assert (verified["genuine"], verified["releasable"], verified["outcome"]) == (True, True, "pass")
-    where = ["--repository", tmp_path / "repo", "--keys", tmp_path / "keys"]
+    where = ["--repository", location, "--keys", tmp_path / "keys"]
     release = run("publish", "--package", tmp_path / "a.qpkg", *proof, *where)
     assert (release["family"], release["version"], release["channel"]) == ("tiny", "1.0", "stable")
-    assert len(run("repo", "status", "--repository", tmp_path / "repo")["roles"]) >= 5
+    assert len(run("repo", "status", "--repository", location)["roles"]) >= 5
     assert "signed" in run("repo", "refresh", *where)
 
 
