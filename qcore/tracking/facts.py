@@ -4,11 +4,14 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qcore.canonical import Digest, Json
 from qcore.errors import ModelError
 from qcore.files import sha256_file
-from qcore.parity_report import ParityReport
+
+if TYPE_CHECKING:
+    from qcore.parity_report import ParityReport
 
 
 def file_facts(path: Path, form: str) -> dict[str, str | int]:
@@ -55,7 +58,7 @@ def text_file(text: str, name: str) -> Iterator[Path | None]:
         yield path
 
 
-def worst_parity(report: ParityReport) -> dict[str, float]:
+def worst_parity(report: "ParityReport") -> dict[str, float]:
     """Return the numbers of the worst condition: the least SQNR and, where outputs name classes, least agreement."""
     shares = [c.agreement for c in report.conditions if c.agreement is not None]
     noise = {"parity_sqnr_db": min(c.sqnr_db for c in report.conditions)}
