@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 from pydantic import Field, model_validator
 
+from qcore.budgets import Budgets, budget_checks
 from qcore.config import Config
 from qcore.errors import GateRefused
 from qcore.groups import Counts, Family, judge_groups
@@ -76,14 +77,6 @@ class GroupLimit(Config):
     max_drop: float = Field(gt=0, lt=1)
     min_support: int = Field(default=50, gt=0)
     require: bool = False
-
-
-class Budgets(Config):
-    """Upper limits that have no sampling error: file size in bytes, and ratios candidate / baseline."""
-
-    size_bytes: int | None = Field(default=None, gt=0)
-    size_ratio: float | None = Field(default=None, gt=0)
-    latency_ratio: float | None = Field(default=None, gt=0)
 
 
 class GatePolicy(Config):
@@ -156,7 +149,7 @@ def decide(report: EvaluationReport, policy: GatePolicy) -> GateDecision:
         *_area_checks(report, policy),
         *_user_checks(report, policy),
         *_group_checks(report, policy),
-        *_budget_checks(report, policy),
+        *budget_checks(report, policy.budgets, policy.confidence),
     ]
     outcomes = {c.outcome for c in checks}
     outcome: Outcome = "fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass"
@@ -427,28 +420,3 @@ def _samples_needed(bound_at: Callable[[float], float], limit: float, n: int) ->
         middle = (short + enough) // 2
         short, enough = (short, middle) if bound_at(middle) >= limit else (middle, enough)
     return enough
-
-
-def _budget_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
-    model, baseline, budgets = report.model, report.baseline, policy.budgets
-    observed = {
-        "size_bytes": (float(model.size_bytes), budgets.size_bytes, "bytes of the model file"),
-        "size_ratio": (model.size_bytes / baseline.size_bytes, budgets.size_ratio, "of the baseline's file size"),
-        "latency_ratio": (
-            model.latency_ms.p50 / baseline.latency_ms.p50,
-            budgets.latency_ratio,
-            f"of the baseline's median latency over {model.latency_ms.runs} interleaved runs",
-        ),
-    }
-    return [
-        Check(
-            name=name,
-            outcome="pass" if value <= limit else "fail",
-            observed=value,
-            bound=value,
-            limit=float(limit),
-            reason=what,
-        )
-        for name, (value, limit, what) in observed.items()
-        if limit is not None
-    ]

@@ -2,12 +2,22 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 
-from qcore.derived import area_metrics, class_counts, class_metrics, confusion, mean, paired_counts
+from qcore.derived import (
+    area_metrics,
+    class_counts,
+    class_metrics,
+    confusion,
+    latency_of,
+    mean,
+    paired_counts,
+    ratio_of,
+)
 from qcore.errors import GateRefused
-from qcore.report import ClassDetails, EvaluationReport, Samples
+from qcore.report import TIMED, ClassDetails, EvaluationReport, Latency, Ratio, Samples
 
 ROUNDING = 1e-9  # of a number that was computed twice in float64, relative where it is above 1
 AGAIN = "run `qcore evaluate` again"
@@ -21,6 +31,7 @@ def refuse_contradictions(report: EvaluationReport) -> None:
     """
     _refuse_lengths(report)
     _refuse_parts(report)
+    _refuse_costs(report)
     derived = _derived(report)
     expected = {"output_sqnr_db", *derived} | set(_errors(report))
     if odd := sorted(expected ^ set(report.metrics)):
@@ -65,6 +76,31 @@ def _refuse_parts(report: EvaluationReport) -> None:
     for what, fit in fits.items():
         if not fit:
             raise GateRefused(f"the report's {what} are not those of task {task}; {AGAIN}")
+
+
+def _refuse_costs(report: EvaluationReport) -> None:
+    """Refuse latencies and ratios that do not follow from the rounds, and costs that no file has."""
+    if odd := sorted(set(report.rounds) - set(TIMED)) or sorted(set(report.rounds) ^ set(report.ratios)):
+        raise GateRefused(f"the report's rounds and ratios do not fit: {odd[0]}; {AGAIN}")
+    for name, rounds in report.rounds.items():
+        if not _same(report.ratios[name], ratio_of(rounds)):
+            raise GateRefused(f"the report's ratio of {name} does not follow from its rounds; {AGAIN}")
+    for who, model in (("baseline", report.baseline), ("candidate", report.model)):
+        stated = dict(zip(TIMED, (model.latency_ms, model.latency_all_cores_ms, model.cold_start_ms), strict=True))
+        for name, latency in stated.items():
+            timed = report.rounds.get(name)
+            if timed is None:
+                follows = latency is None or name == "latency"  # a report always has one
+            else:
+                follows = latency is not None and _same(latency, latency_of(getattr(timed, who)))
+            if not follows:
+                raise GateRefused(f"the report's {name} of the {who} does not follow from its rounds; {AGAIN}")
+
+
+def _same(stated: Latency | Ratio, derived: Latency | Ratio) -> bool:
+    """Say whether two results are equal but for rounding."""
+    pairs = [(getattr(stated, f.name), getattr(derived, f.name)) for f in fields(derived)]
+    return all(a is b or (None not in (a, b) and math.isclose(a, b, rel_tol=ROUNDING)) for a, b in pairs)
 
 
 def _derived(report: EvaluationReport) -> dict[str, float]:

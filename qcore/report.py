@@ -14,12 +14,24 @@ from qcore.errors import GateRefused
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 
-REPORT_SCHEMA = "qcore.evaluation/2"
+REPORT_SCHEMA = "qcore.evaluation/3"
 DECISION_SCHEMA = "qcore.decision/1"
 Task = Literal["classification", "regression", "anomaly", "none"]
 Direction = Literal["higher", "lower"]
 
-BUDGETS = ("size_bytes", "size_ratio", "latency_ratio")
+BUDGETS = (
+    "size_bytes",
+    "size_ratio",
+    "package_bytes",
+    "package_ratio",
+    "download_bytes",
+    "latency_ms",
+    "latency_ratio",
+    "latency_all_cores_ratio",
+    "cold_start_ms",
+    "memory_bytes",
+    "memory_ratio",
+)
 """Checks that more samples or better weights do not help."""
 UPPER_LIMITS = (*BUDGETS, "mae_increase", "mae_max")
 """Checks whose limit is an upper one."""
@@ -27,7 +39,7 @@ UPPER_LIMITS = (*BUDGETS, "mae_increase", "mae_max")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """Wall time of one inference at batch 1 on one thread, in milliseconds; `runs` is the number of timed calls."""
+    """Wall time in milliseconds: median and 95th percentile over `runs` timed calls or starts."""
 
     p50: float
     p95: float
@@ -39,18 +51,77 @@ class Latency:
             raise GateRefused(f"latency {self.p50}, {self.p95} over {self.runs} runs; allowed: finite and above 0")
 
 
+TIMED = ("latency", "latency_all_cores", "cold_start")
+"""What is timed in rounds: one inference at batch 1 on one thread, the same on all cores, and a start.
+
+A start is what a fresh process takes from the file to the first answer: read, prepare, run once; the runtime is
+imported, and the file in the page cache.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rounds:
+    """Milliseconds of baseline and candidate, timed next to each other in every round: what drifts hits both."""
+
+    baseline: tuple[float, ...]
+    candidate: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what no measurement gives."""
+        columns = (self.baseline, self.candidate)
+        if len(columns[0]) != len(columns[1]) or not columns[0]:
+            raise GateRefused(f"rounds hold {[len(c) for c in columns]} times; allowed: one of each model, 1 or more")
+        if not all(isinstance(v, int | float) and math.isfinite(v) and v > 0 for column in columns for v in column):
+            raise GateRefused("rounds hold a time that is no number of milliseconds; allowed: finite and above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ratio:
+    """Candidate / baseline: the median over rounds, with one-sided bounds at 95 % on both sides.
+
+    Together they are an interval at 90 %. None: too few rounds to have bounds.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Download:
+    """What a device downloads that has the released model: bytes of the smallest delta that makes the candidate."""
+
+    released_sha256: Digest
+    delta_bytes: int
+
+    def __post_init__(self) -> None:
+        """Refuse what is no download."""
+        _check_bytes("delta_bytes", self.delta_bytes)
+        _check_digest(self.released_sha256)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredModel:
-    """One model file as it was measured: SHA-256 and size of its bytes, and its latency."""
+    """One model file as it was measured: SHA-256, and what it costs; None is what was not measured.
+
+    `latency_ms` is that of one inference at batch 1 on one thread. `package_bytes` is what the file takes in a
+    package; `cold_start_ms` that of a start (`TIMED`), and `peak_memory_bytes` what such a process holds at most above
+    one that has imported the runtime: file, weights, activations of one sample.
+    """
 
     sha256: Digest
     size_bytes: int
     latency_ms: Latency
+    package_bytes: int | None = None
+    latency_all_cores_ms: Latency | None = None
+    cold_start_ms: Latency | None = None
+    peak_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is no file."""
-        if type(self.size_bytes) is not int or self.size_bytes <= 0:
-            raise GateRefused(f"size_bytes is {self.size_bytes!r}; allowed: a whole number above 0")
+        for name in ("size_bytes", "package_bytes", "peak_memory_bytes"):
+            if name == "size_bytes" or getattr(self, name) is not None:
+                _check_bytes(name, getattr(self, name))
         _check_digest(self.sha256)
 
 
@@ -176,6 +247,9 @@ class EvaluationReport:
     * the mean of each metric of `user_metrics`, which says whether higher or lower values are better.
 
     Shares are fractions of 1. `slices` holds places in the columns of `samples`.
+
+    `rounds` holds the times that latencies and `ratios` follow from, by the names of `TIMED`; `machine` says what they
+    were measured on. `download` is None where no released model was given.
     """
 
     model: MeasuredModel
@@ -190,13 +264,19 @@ class EvaluationReport:
     details: ClassDetails | None = None
     slices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     user_metrics: Mapping[str, Direction] = field(default_factory=dict)
+    rounds: Mapping[str, Rounds] = field(default_factory=dict)
+    ratios: Mapping[str, Ratio] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
+    download: Download | None = None
 
     def to_json(self) -> Json:
-        """Return the JSON form (`qcore.evaluation/2`); `latency_ms` repeats the candidate's for short paths."""
+        """Return the JSON form (`qcore.evaluation/3`); `latency_ms` repeats the candidate's for short paths."""
         value = _shallow(self)
         value |= {name: asdict(value[name]) for name in ("model", "baseline", "data")}
         value["paired"] = None if self.paired is None else asdict(self.paired)
         value["details"] = None if self.details is None else _details_json(self.details)
+        value |= {name: {k: asdict(v) for k, v in value[name].items()} for name in ("rounds", "ratios")}
+        value["download"] = None if self.download is None else asdict(self.download)
         value["samples"] = _shallow(self.samples) | {"values": {k: _shallow(v) for k, v in self.samples.values.items()}}
         return {"schema": REPORT_SCHEMA, **value, "latency_ms": value["model"]["latency_ms"]}
 
@@ -224,7 +304,8 @@ class Check:
 
     `observed` is the point value, `bound` the one-sided confidence bound that is held against `limit` (equal to
     `observed` where the value has no sampling error), `needs_samples` the further samples that would decide an
-    inconclusive check at the observed rates. Limits of `UPPER_LIMITS` are upper ones, all others lower ones.
+    inconclusive check at the observed rates, `needs_runs` the further rounds of timing. Limits of `UPPER_LIMITS` are
+    upper ones, all others lower ones.
 
     `groups` are the slices or classes that the check is about; numbers are then those of the worst one.
 
@@ -240,6 +321,7 @@ class Check:
     reason: str
     needs_samples: int | None = None
     groups: tuple[Group, ...] = ()
+    needs_runs: int | None = None
 
     def __post_init__(self) -> None:
         """Hold the invariant, also for a check that was read from a file."""
@@ -321,6 +403,11 @@ def decision_from_json(value: Json) -> GateDecision:
     if decision.outcome not in get_args(Outcome):
         raise GateRefused(f"gate decision: outcome {decision.outcome!r}; allowed: {', '.join(get_args(Outcome))}")
     return decision
+
+
+def _check_bytes(name: str, value: object) -> None:
+    if type(value) is not int or value <= 0:
+        raise GateRefused(f"{name} is {value!r}; allowed: a whole number above 0")
 
 
 def _check_digest(value: object) -> None:

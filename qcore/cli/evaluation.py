@@ -1,5 +1,6 @@
 """The verbs that compare a candidate with its baseline: in one go, in shards, and back together."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,14 @@ from qcore import steps
 from qcore.cli import options as opt
 from qcore.cli.output import percent, print_facts, print_json, print_table, progress, size
 from qcore.report import EvaluationReport
+
+
+class Costs(StrEnum):
+    """How much is measured of what the models cost."""
+
+    brief = "brief"
+    standard = "standard"
+    full = "full"
 
 
 def evaluate(
@@ -22,16 +31,37 @@ def evaluate(
         typer.Option(help="Your own: module:function=higher, or =lower where less is better; may be repeated."),
     ] = None,
     shard: Annotated[
-        str, typer.Option(help="I/N: only part I of N of the split; see merge-reports. Part 1 measures latency.")
+        str, typer.Option(help="I/N: only part I of N of the split; see merge-reports. Part 1 measures costs.")
     ] = "1/1",
+    costs: Annotated[
+        Costs,
+        typer.Option(
+            help="brief: latency on one thread; standard: also on all cores, cold start, memory, package of the "
+            "candidate; full: also of the baseline, about a second per MB."
+        ),
+    ] = Costs.standard,
+    timing_seconds: Annotated[
+        float, typer.Option(min=0.1, max=3600, help="Of each latency; more seconds, narrower intervals.")
+    ] = steps.TIMING_SECONDS,
+    released: Annotated[
+        Path | None, typer.Option(help="The model that devices have: what would an update to the candidate download?")
+    ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Compare a candidate with its baseline on the same samples, one by one."""
-    part, metrics = opt.parsed_shard(shard), metric or ()
+    part, metrics, costing = opt.parsed_shard(shard), metric or (), steps.costing_of(costs.value, timing_seconds)
     with progress() as told:
         if part == (1, 1):
             report = steps.evaluate(
-                candidate=model, baseline=baseline, data=data, out=out, split=split, metrics=metrics, progress=told
+                candidate=model,
+                baseline=baseline,
+                data=data,
+                out=out,
+                split=split,
+                metrics=metrics,
+                costing=costing,
+                released=released,
+                progress=told,
             )
         else:
             made = steps.evaluate_shard(
@@ -42,6 +72,8 @@ def evaluate(
                 shard=part,
                 split=split,
                 metrics=metrics,
+                costing=costing,
+                released=released,
                 progress=told,
             )
     if part == (1, 1):
@@ -59,7 +91,7 @@ def merge_reports(
     out: opt.Out,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Put the shards of an evaluation together; the report is that of one process, but for latency."""
+    """Put the shards of an evaluation together; the report is that of one process, but for costs."""
     _print(steps.merge_reports(parts=parts, out=out), out, as_json)
 
 
@@ -82,10 +114,41 @@ def print_report(report: EvaluationReport) -> None:
     rows += [(said, f"{m[f'baseline_{k}']:.5g}", f"{m[k]:.5g}") for k, said in values.items() if k in m]
     if "agreement" in m:
         rows.append(("agreement", "", percent(m["agreement"])))
-    ours, theirs = report.model, report.baseline
-    rows += [
-        ("output SQNR", "", f"{m['output_sqnr_db']:.1f} dB"),
-        ("latency p50, 1 thread", f"{theirs.latency_ms.p50:.2f} ms", f"{ours.latency_ms.p50:.2f} ms"),
-        ("file size", size(theirs.size_bytes), size(ours.size_bytes)),
-    ]
+    rows += [("output SQNR", "", f"{m['output_sqnr_db']:.1f} dB"), *_cost_rows(report)]
     print_table(f"{report.data.name}/{report.data.split}, {report.n} samples", ("", "baseline", "candidate"), rows)
+    if report.machine:
+        print("measured on " + ", ".join(f"{k} {v}" for k, v in sorted(report.machine.items())))
+
+
+RATIOS = {"latency": "latency, 1 thread", "latency_all_cores": "latency, all cores", "cold_start": "cold start"}
+
+
+def _cost_rows(report: EvaluationReport) -> list[tuple[str, str, str]]:
+    """Return a row for everything that was measured: medians, and under each time its ratio with the interval."""
+    theirs, ours, rows = report.baseline, report.model, []
+    times = {
+        "latency": (theirs.latency_ms, ours.latency_ms),
+        "latency_all_cores": (theirs.latency_all_cores_ms, ours.latency_all_cores_ms),
+        "cold_start": (theirs.cold_start_ms, ours.cold_start_ms),
+    }
+    for name, (before, after) in times.items():
+        if before is None or after is None:
+            continue
+        was, now = (f"{t.p50:.2f}, {t.p95:.2f} ms" for t in (before, after))
+        rows.append((f"{RATIOS[name]}: p50, p95", was, now))
+        ratio = report.ratios.get(name)
+        if ratio is not None and ratio.low is not None and ratio.high is not None:
+            rows.append(
+                ("  of the baseline, 90 % interval", "", f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
+            )
+    delta = None if report.download is None else report.download.delta_bytes
+    for said, sizes in (
+        ("peak memory", (theirs.peak_memory_bytes, ours.peak_memory_bytes)),
+        ("file size", (theirs.size_bytes, ours.size_bytes)),
+        ("in a package", (theirs.package_bytes, ours.package_bytes)),
+        ("delta from the released model", (None, delta)),
+    ):
+        was, now = ("" if n is None else size(n) for n in sizes)
+        if was or now:
+            rows.append((said, was, now))
+    return rows

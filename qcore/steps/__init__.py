@@ -13,6 +13,9 @@ from qcore.steps.calibration import merge_tables as merge_tables
 from qcore.steps.compression import CompressionSummary as CompressionSummary
 from qcore.steps.compression import compress as compress
 from qcore.steps.compression import quantize as quantize
+from qcore.steps.costs import TIMING_SECONDS as TIMING_SECONDS
+from qcore.steps.costs import Costing as Costing
+from qcore.steps.costs import costing_of as costing_of
 from qcore.steps.finetuning import Finetuning as Finetuning
 from qcore.steps.finetuning import finetune as finetune
 from qcore.steps.guard import OnEpoch as OnEpoch

@@ -1,29 +1,29 @@
 """Judgement on files: evaluate a candidate against its baseline, then decide and sign."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcore import __version__
 from qcore.errors import GateRefused, ModelError
+from qcore.steps.costs import LATENCY, STANDARD, Costing, costs_of, download_of, measured_costs, pack
 from qcore.steps.guard import Progress, refuse_overwrite, silent
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from qcore.data.dataset import Dataset
     from qcore.evaluation import Question
-    from qcore.evaluation_part import ModelFile, Part
-    from qcore.report import Direction, EvaluationReport, GateDecision, Latency
+    from qcore.evaluation_part import Costs, ModelFile, Part
+    from qcore.report import Direction, EvaluationReport, GateDecision
     from qcore.runtime.ort import Loaded, Predict
     from qcore.tally import Tally
 
 EVALUATION_BATCH = 8
 ANSWER_BYTES = 1 << 27
 """How much of a float model's outputs is kept while several candidates are held against it."""
-TIMING: Mapping[str, Any] = {"budget_s": 2.0}
-BRIEF: Mapping[str, Any] = {"budget_s": 0.5}
-ONE_RUN: Mapping[str, Any] = {"budget_s": 0.0, "warmup": 0, "max_runs": 1}
-"""How latency is measured: for a decision, for a curve, and where nobody asks but a report has to hold one."""
 
 
 def evaluate(
@@ -34,6 +34,8 @@ def evaluate(
     out: Path,
     split: str = "evaluation",
     metrics: Sequence[str] = (),
+    costing: Costing = STANDARD,
+    released: Path | None = None,
     progress: Progress = silent,
 ) -> "EvaluationReport":
     """Return the report on `candidate` against `baseline` over `split`, written to `out` as JSON.
@@ -45,12 +47,15 @@ def evaluate(
         out: where the report goes.
         split: of the card.
         metrics: further ones beside those of the card, as `module:function=higher` or `=lower`.
+        costing: how much is measured of what the models cost.
+        released: the model that devices have; the report then says what the update would download.
         progress: called with the number of samples done.
     """
     from qcore.evaluation_part import report_of
     from qcore.files import write_json
 
-    part = _part_on_files(candidate, baseline, data, out, (split, (1, 1), metrics, progress))
+    asked = _Asked(split=split, metrics=metrics, costing=costing, released=released, progress=progress)
+    part = _part_on_files(candidate, baseline, data, out, asked)
     report = report_of(part)
     write_json(out, report.to_json())
     return report
@@ -65,22 +70,25 @@ def evaluate_shard(
     shard: tuple[int, int],
     split: str = "evaluation",
     metrics: Sequence[str] = (),
+    costing: Costing = STANDARD,
+    released: Path | None = None,
     progress: Progress = silent,
 ) -> "Part":
     """Return part I (from 1) of N of an evaluation, `shard` being (I, N), written to `out`; see `merge_reports`.
 
-    Shard 1 measures latency, for all. The other arguments are those of `evaluate`.
+    Shard 1 measures costs, for all. The other arguments are those of `evaluate`.
     """
     from qcore.evaluation_part import part_to_json
     from qcore.files import write_json
 
-    part = _part_on_files(candidate, baseline, data, out, (split, shard, metrics, progress))
+    asked = _Asked(split=split, shard=shard, metrics=metrics, costing=costing, released=released, progress=progress)
+    part = _part_on_files(candidate, baseline, data, out, asked)
     write_json(out, part_to_json(part))
     return part
 
 
 def merge_reports(*, parts: Sequence[Path], out: Path) -> "EvaluationReport":
-    """Return the report of all shards `parts`, in any order, written to `out`: that of one process but for latency.
+    """Return the report of all shards `parts`, in any order, written to `out`: that of one process but for costs.
 
     Raises:
         DataError: a file is damaged, of another run or missing.
@@ -103,32 +111,41 @@ def merge_reports(*, parts: Sequence[Path], out: Path) -> "EvaluationReport":
     return report
 
 
-Asked = tuple[str, tuple[int, int], Sequence[str], Progress]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """What is asked of an evaluation beside its files."""
+
+    split: str
+    shard: tuple[int, int] = (1, 1)
+    metrics: Sequence[str]
+    costing: Costing
+    released: Path | None
+    progress: Progress
 
 
-def _part_on_files(candidate: Path, baseline: Path, data: Path, out: Path, asked: Asked) -> "Part":
-    """Return the part that split, shard and further metrics ask for."""
+def _part_on_files(candidate: Path, baseline: Path, data: Path, out: Path, asked: _Asked) -> "Part":
+    """Return the part that was asked for."""
     from qcore.data.dataset import open_dataset
     from qcore.graph.io import read_model_bytes
-    from qcore.runtime import ort
+    from qcore.runtime import ahead, ort
     from qcore.user_metric import parsed_metric
 
-    split, shard, metrics, progress = asked
-    refuse_overwrite(out, candidate, baseline, data=data)
+    refuse_overwrite(out, candidate, baseline, *([asked.released] if asked.released else []), data=data)
     files = [read_model_bytes(p) for p in (candidate, baseline)]
-    theirs = ort.load_exact(files[1], name=str(baseline))
-    dataset = open_dataset(data, split)
-    question = question_of(dataset, dict(map(parsed_metric, metrics)))
+    released = None if asked.released is None else read_model_bytes(asked.released)
+    theirs = ort.load_exact(files[1], name=str(baseline), threads=ahead.threads_of_a_run())
+    dataset = open_dataset(data, asked.split)
     judge = Judge(
         raw=files[1],
         dataset=dataset,
-        timing=TIMING,
+        costing=asked.costing,
         baseline=theirs,
         answers=None,
-        progress=progress,
-        question=question,
+        progress=asked.progress,
+        question=question_of(dataset, dict(map(parsed_metric, asked.metrics))),
+        released=released,
     )
-    return _counted(judge, files[0], str(candidate), shard)
+    return _counted(judge, files[0], str(candidate), asked.shard)
 
 
 def report_on(
@@ -138,13 +155,13 @@ def report_on(
 
     Accuracy is that of integer kernels that do not saturate (`load_exact`), latency that of the runtime as it comes.
     """
-    from qcore.runtime import ort
+    from qcore.runtime import ahead, ort
 
     judge = Judge(
         raw=baseline[0],
         dataset=dataset,
-        timing=TIMING,
-        baseline=ort.load_exact(baseline[0], name=baseline[1]),
+        costing=LATENCY,
+        baseline=ort.load_exact(baseline[0], name=baseline[1], threads=ahead.threads_of_a_run()),
         answers=None,
         progress=progress,
         question=question_of(dataset, {}),
@@ -173,34 +190,38 @@ def question_of(dataset: "Dataset", further: "Mapping[str, Direction]") -> "Ques
 class Judge:
     """What several candidates are held against: a float model on the same samples.
 
-    `timing` are options of `measure_latency`; `answers` are the outputs of `baseline` batch by batch, where they are
-    few enough to be kept.
+    `costing` says how much is measured of what models cost; `answers` are the outputs of `baseline` batch by batch,
+    where they are few enough to be kept. `released` is the model that devices have.
     """
 
     raw: bytes
     dataset: "Dataset"
-    timing: Mapping[str, Any]
+    costing: Costing
     baseline: "Loaded"
     answers: tuple[Mapping[str, Any], ...] | None
     progress: Progress
     question: "Question"
+    released: bytes | None = None
 
 
-def judge_of(raw: bytes, dataset: "Dataset", timing: Mapping[str, Any], progress: Progress) -> Judge:
+def judge_of(raw: bytes, dataset: "Dataset", costing: Costing, progress: Progress) -> Judge:
     """Return the judge of candidates made from the float model `raw`, which runs over `dataset` once."""
-    from qcore.runtime import ort
+    from qcore.runtime import ahead, ort
 
-    loaded = ort.load_exact(raw, name="the float model")
-    predict, answers, size = ort.on_samples(loaded), [], 0
-    for _, fed, _ in _fed(dataset, loaded, progress, "running the float model"):
-        answers.append(predict(fed))
-        size += sum(v.nbytes for v in answers[-1].values())
-        if size > ANSWER_BYTES:
-            break
+    loaded = ort.load_exact(raw, name="the float model", threads=ahead.threads_of_a_run())
+    answers, size = [], 0
+    with ThreadPoolExecutor(ahead.runs_at_once()) as pool:
+        read = _fed(dataset, loaded, progress, "running the float model")
+        source, (answer,) = ahead.run_ahead(pool, [ort.on_samples(loaded)], read)
+        for _, fed, _ in source:
+            answers.append(answer(fed))
+            size += sum(v.nbytes for v in answers[-1].values())
+            if size > ANSWER_BYTES:
+                break
     return Judge(
         raw=raw,
         dataset=dataset,
-        timing=timing,
+        costing=costing,
         baseline=loaded,
         answers=tuple(answers) if size <= ANSWER_BYTES else None,
         progress=progress,
@@ -220,9 +241,10 @@ def _counted(judge: Judge, candidate: bytes, name: str, shard: tuple[int, int]) 
     from qcore.calibration import shard_of
     from qcore.data.dataset import part_of
     from qcore.evaluation import count_samples
-    from qcore.runtime import ort
+    from qcore.runtime import ahead, ort
 
-    ours, theirs, dataset = ort.load_exact(candidate, name=name), judge.baseline, judge.dataset
+    theirs, dataset = judge.baseline, judge.dataset
+    ours = ort.load_exact(candidate, name=name, threads=ahead.threads_of_a_run())
     names = [sorted(p.name for p in loaded.inputs) for loaded in (ours, theirs)]
     if names[0] != names[1]:
         raise ModelError(
@@ -232,8 +254,18 @@ def _counted(judge: Judge, candidate: bytes, name: str, shard: tuple[int, int]) 
     place = shard_of(dataset.n, *shard, batch=theirs.fixed_batch or EVALUATION_BATCH)
     cut = dataset if shard[1] == 1 else part_of(dataset, place.start, place.stop)
     fed = _fed(cut, theirs, judge.progress, "evaluating")
-    tally = count_samples(ort.on_samples(ours), _recalled(judge), fed, judge.question)
-    return _part(judge, candidate, tally, place.start)
+    first = place.start == 0
+    with ThreadPoolExecutor(ahead.runs_at_once()) as pool:
+        packages = pack(pool, (candidate, judge.raw), judge.costing) if first else []
+        update = pool.submit(download_of, judge.released, candidate) if first and judge.released else None
+        models = [ort.on_samples(loaded) for loaded in ((ours,) if judge.answers is not None else (ours, theirs))]
+        source, answers = ahead.run_ahead(pool, models, fed)
+        baseline = answers[1] if judge.answers is None else _recalled(judge.answers)
+        tally = count_samples(answers[0], baseline, source, judge.question)
+    costs = _costs(judge, candidate, packages) if first else None
+    if costs is not None and update is not None:
+        costs = replace(costs, download=update.result())
+    return _part(judge, candidate, tally, (place.start, costs))
 
 
 def judged_itself(judge: Judge) -> "EvaluationReport":
@@ -252,18 +284,31 @@ def judged_itself(judge: Judge) -> "EvaluationReport":
         labels = None if dataset.labels is None else np.array(dataset.labels[start : start + size], np.int64)
         target = None if dataset.targets is None else dataset.targets[index]
         fed.append((index, {}, _truth(labels, target, dataset.card.task)))
-    tally = count_samples(_recalled(judge), _recalled(judge), fed, judge.question)
-    return report_of(_part(judge, judge.raw, tally, 0))
+    tally = count_samples(_recalled(judge.answers), _recalled(judge.answers), fed, judge.question)
+    return report_of(_part(judge, judge.raw, tally, (0, _costs(judge, judge.raw, _packed(judge)))))
 
 
-def _part(judge: Judge, candidate: bytes, tally: "Tally", start: int) -> "Part":
+def _packed(judge: Judge) -> "list[Future[int]]":
+    """Return the sizes of the float model in a package, as candidate and as baseline."""
+    with ThreadPoolExecutor(1) as pool:
+        return pack(pool, (judge.raw, judge.raw), judge.costing)
+
+
+def _costs(judge: Judge, candidate: bytes, packages: "Sequence[Future[int]]") -> "Costs":
+    """Return what `candidate` and the baseline cost; nothing else should run meanwhile."""
+    from qcore.machine import machine_description
+
+    sizes, machine = [f.result() for f in packages], machine_description()
+    measured = measured_costs([candidate, judge.raw], judge.dataset, judge.costing, judge.progress)
+    return costs_of(measured, sizes, machine)
+
+
+def _part(judge: Judge, candidate: bytes, tally: "Tally", of: "tuple[int, Costs | None]") -> "Part":
     from qcore.evaluation_part import Part
     from qcore.report import MeasuredData
     from qcore.runtime import ort
 
-    dataset, latencies = judge.dataset, None
-    if start == 0:
-        latencies = _latencies([candidate, judge.raw], dataset, judge.timing, judge.progress)
+    dataset, (start, costs) = judge.dataset, of
     chosen = set(dataset.indices)
     slices = {k: tuple(i for i in places if i in chosen) for k, places in dataset.slices.items()}
     return Part(
@@ -283,19 +328,15 @@ def _part(judge: Judge, candidate: bytes, tally: "Tally", start: int) -> "Part":
         qcore_version=__version__,
         start=start,
         stop=start + tally.n,
-        latencies=None if latencies is None else (latencies[0], latencies[1]),
+        costs=costs,
         tally=tally,
     )
 
 
-def _recalled(judge: Judge) -> "Predict":
-    """Return the baseline as a function; what it was seen to answer is given again, in the order of the batches."""
-    from qcore.runtime import ort
-
-    if judge.answers is None:
-        return ort.on_samples(judge.baseline)
-    answers = iter(judge.answers)
-    return lambda fed: dict(next(answers))
+def _recalled(answers: Sequence[Mapping[str, Any]]) -> "Predict":
+    """Return what gives `answers` in the order of the batches, whatever it is fed with."""
+    given = iter(answers)
+    return lambda fed: dict(next(given))
 
 
 def gate(*, report: Path, out: Path, key: Path, policy: Path | None = None) -> "GateDecision":
@@ -357,20 +398,6 @@ def _truth(labels: Any, target: Any, task: str) -> Any:
     if target is None:
         return labels
     return target[:, 0].astype(np.int64) if task == "anomaly" else target
-
-
-def _latencies(
-    files: list[bytes], dataset: "Dataset", timing: Mapping[str, Any], progress: Progress
-) -> "list[Latency]":
-    from qcore.data.dataset import batches
-    from qcore.runtime import ort
-
-    progress("measuring latency", 0, 1)
-    models = [ort.load(raw, threads=1) for raw in files]
-    sample = next(batches(dataset, models[0].fixed_batch or 1))
-    result = ort.measure_latency(models, ort.samples(models[1], sample), **timing)
-    progress("measuring latency", 1, 1)
-    return result
 
 
 def _file(raw: bytes) -> "ModelFile":
