@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from qcore.derived import area_metrics, class_counts, class_metrics, confusion, mean, paired_counts
+from qcore.derived import (
+    area_metrics,
+    class_counts,
+    class_metrics,
+    confusion,
+    latency_of,
+    mean,
+    paired_counts,
+    ratio_of,
+)
 from qcore.errors import GateRefused
 from qcore.gate import (
     Budgets,
@@ -27,12 +36,13 @@ from qcore.numerics.bounds import paired_lower_bound
 from qcore.report import (
     ByModel,
     ClassDetails,
+    Download,
     EvaluationReport,
-    Latency,
     MeasuredData,
     MeasuredModel,
     PairedCounts,
     ProbabilityBin,
+    Rounds,
     Samples,
     Values,
     decision_from_json,
@@ -42,8 +52,19 @@ from qcore.report_file import report_from_json
 ONE_POINT = GatePolicy(top1=MetricLimit(max_drop=0.01))
 
 
-def measured(digest: str, size: int = 100, p50: float = 1.0) -> MeasuredModel:
-    return MeasuredModel(sha256=digest * 64, size_bytes=size, latency_ms=Latency(p50=p50, p95=2 * p50, runs=20))
+TIMES = tuple(1 + 0.01 * k for k in range(-10, 10))
+ROUNDS = Rounds(candidate=TIMES, baseline=tuple(2 * t for t in TIMES))
+COSTS = {
+    "rounds": {"latency": ROUNDS},
+    "ratios": {"latency": ratio_of(ROUNDS)},
+    "machine": {"cpu": "one"},
+    "download": Download(released_sha256="d" * 64, delta_bytes=30),
+}
+
+
+def measured(digest: str, size: int = 100, factor: float = 1.0) -> MeasuredModel:
+    latency = latency_of([factor * t for t in TIMES])
+    return MeasuredModel(sha256=digest * 64, size_bytes=size, latency_ms=latency, package_bytes=size // 2)
 
 
 def by_model(label, named):
@@ -91,6 +112,7 @@ def classified(label, baseline, candidate, slices=None) -> EvaluationReport:
         slices=slices or {},
         runtime={},
         qcore_version="0",
+        **COSTS,
     )
 
 
@@ -115,6 +137,7 @@ def valued(task, label=None, **values) -> EvaluationReport:
         samples=Samples(index=tuple(range(n)), label=label, baseline=None, candidate=None, values=columns),
         runtime={},
         qcore_version="0",
+        **COSTS,
     )
 
 
@@ -495,6 +518,9 @@ WRONG = ["deleted", None, "x", float("nan"), float("inf"), -1, -0.5, True, [], {
 FITS = {  # other facts, no damage: nothing else in the report repeats them
     **dict.fromkeys(("name", "split", "qcore_version"), ("x", "0", "deleted")),
     "output_sqnr_db": (-1, -0.5, True),
+    "machine": ({},),
+    "cpu": ("x", "0", "deleted"),
+    **dict.fromkeys(("package_bytes", "download"), (None,)),  # not measured; no policy here asks
 }
 EXPECTED = {name: json.loads(json.dumps(r.to_json())) for name, (r, _) in REPORTS.items()}
 
@@ -520,13 +546,13 @@ def test_nothing_passes_with_any_field_missing_or_damaged(name, data):
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_no_field_of_a_report_can_be_left_out(name):
-    """All of them, not a sample: what is deleted refuses the report, or it is an entry of `runtime`."""
+    """All of them, not a sample: what is deleted refuses the report, or it is an entry of `runtime` or `machine`."""
     for path in places(EXPECTED[name]):
-        if path[0] != "runtime" or len(path) == 1:
+        if path[0] not in ("runtime", "machine") or len(path) == 1:
             with pytest.raises(GateRefused):
                 decide(report_from_json(damaged(EXPECTED[name], path, "deleted")), REPORTS[name][1])
 
 
 def test_a_report_of_an_older_qcore_is_refused_in_words():
-    with pytest.raises(GateRefused, match=r"qcore\.evaluation/2, found qcore\.evaluation/1; run `qcore evaluate`"):
-        report_from_json({**EXPECTED["classes"], "schema": "qcore.evaluation/1"})
+    with pytest.raises(GateRefused, match=r"qcore\.evaluation/3, found qcore\.evaluation/2; run `qcore evaluate`"):
+        report_from_json({**EXPECTED["classes"], "schema": "qcore.evaluation/2"})

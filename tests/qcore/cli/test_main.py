@@ -197,7 +197,7 @@ def test_a_misspelt_field_in_a_policy(files, tmp_path):
     (tmp_path / "p.yaml").write_text("top1: {max_dorp: 0.01}\n")
     gate = ["--report", tmp_path / "r.json", "--key", tmp_path / "k.pem", "--out", tmp_path / "e.json"]
     (tmp_path / "r.json").write_text("{}")
-    assert "schema qcore.evaluation/2" in complaint(qcore("gate", *gate, "--policy", tmp_path / "p.yaml"), 1)
+    assert "schema qcore.evaluation/3" in complaint(qcore("gate", *gate, "--policy", tmp_path / "p.yaml"), 1)
 
 
 def test_help_and_version_cost_nothing_and_succeed():
