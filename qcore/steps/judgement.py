@@ -240,7 +240,6 @@ def _counted(judge: Judge, candidate: bytes, name: str, shard: tuple[int, int]) 
     """Return what `candidate` gives on a shard of the samples; cut between batches, so that no batch is torn."""
     from qcore.calibration import shard_of
     from qcore.data.dataset import part_of
-    from qcore.evaluation import count_samples
     from qcore.runtime import ahead, ort
 
     theirs, dataset = judge.baseline, judge.dataset
@@ -253,19 +252,27 @@ def _counted(judge: Judge, candidate: bytes, name: str, shard: tuple[int, int]) 
         )
     place = shard_of(dataset.n, *shard, batch=theirs.fixed_batch or EVALUATION_BATCH)
     cut = dataset if shard[1] == 1 else part_of(dataset, place.start, place.stop)
-    fed = _fed(cut, theirs, judge.progress, "evaluating")
-    first = place.start == 0
+    if place.start != 0:
+        return _part(judge, candidate, tally_of(judge, ours, cut), (place.start, None))
+    with ThreadPoolExecutor(2) as beside:
+        packages = pack(beside, (candidate, judge.raw), judge.costing)
+        update = beside.submit(download_of, judge.released, candidate) if judge.released else None
+        tally = tally_of(judge, ours, cut)
+    costs = _costs(judge, candidate, packages)
+    return _part(judge, candidate, tally, (0, costs if update is None else replace(costs, download=update.result())))
+
+
+def tally_of(judge: Judge, candidate: "Loaded", cut: "Dataset") -> "Tally":
+    """Return what is kept of the answers of `candidate` and the baseline on the samples `cut`, run on all cores."""
+    from qcore.evaluation import count_samples
+    from qcore.runtime import ahead, ort
+
+    models = [candidate] if judge.answers is not None else [candidate, judge.baseline]
+    fed = _fed(cut, judge.baseline, judge.progress, "evaluating")
     with ThreadPoolExecutor(ahead.runs_at_once()) as pool:
-        packages = pack(pool, (candidate, judge.raw), judge.costing) if first else []
-        update = pool.submit(download_of, judge.released, candidate) if first and judge.released else None
-        models = [ort.on_samples(loaded) for loaded in ((ours,) if judge.answers is not None else (ours, theirs))]
-        source, answers = ahead.run_ahead(pool, models, fed)
+        source, answers = ahead.run_ahead(pool, [ort.on_samples(model) for model in models], fed)
         baseline = answers[1] if judge.answers is None else _recalled(judge.answers)
-        tally = count_samples(answers[0], baseline, source, judge.question)
-    costs = _costs(judge, candidate, packages) if first else None
-    if costs is not None and update is not None:
-        costs = replace(costs, download=update.result())
-    return _part(judge, candidate, tally, (place.start, costs))
+        return count_samples(answers[0], baseline, source, judge.question)
 
 
 def judged_itself(judge: Judge) -> "EvaluationReport":
