@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 from qcore.canonical import Digest, Json
+from qcore.derived import latency_of, ratio_of
 from qcore.errors import DataError
 from qcore.evaluation import result_of
-from qcore.report import Champion, EvaluationReport, Latency, MeasuredData, MeasuredModel
+from qcore.measured import Download, MeasuredModel, Rounds
+from qcore.report import Champion, EvaluationReport, MeasuredData
 from qcore.tally import Tally, merged, tally_from_json, tally_to_json
 
 PART_SCHEMA = "qcore.evaluation-part/2"
@@ -26,12 +28,26 @@ class ModelFile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """What the models cost on one machine; of pairs the candidate is first, and None was not measured.
+
+    `rounds` are those of a report, of latency at least.
+    """
+
+    rounds: Mapping[str, Rounds]
+    package_bytes: tuple[int | None, int | None]
+    peak_memory_bytes: tuple[int | None, int | None]
+    machine: Mapping[str, str]
+    download: Download | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """Samples at places `start` to `stop - 1` of a split of `size`.
 
-    `slices` holds the places in the stored data of the whole split; `latencies` those of candidate and baseline, None
-    but in the part with the first sample. `champion` is the released model's file, None without one. `measured_at` is
-    when this part began, as in the report.
+    `slices` holds the places in the stored data of the whole split; `costs` is None but in the part with the first
+    sample. `champion` is the released model's file, None without one. `measured_at` is when this part began, as in the
+    report.
     """
 
     model: ModelFile
@@ -46,7 +62,7 @@ class Part:
     champion: ModelFile | None
     start: int
     stop: int
-    latencies: tuple[Latency, Latency] | None
+    costs: Costs | None
     tally: Tally
 
 
@@ -92,15 +108,15 @@ def report_of(part: Part) -> EvaluationReport:
     """Return the report on a split that is whole.
 
     Raises:
-        DataError: it is not, or its latency was not measured.
+        DataError: it is not, or nobody measured what the models cost.
     """
-    if (part.start, part.stop) != (0, part.size) or part.latencies is None:
+    if (part.start, part.stop) != (0, part.size) or part.costs is None:
         raise DataError(f"samples {part.start} to {part.stop - 1} of {part.size} are no report; merge all shards first")
     result = result_of(part.tally)
     place = {index: k for k, index in enumerate(result.samples.index)}
     return EvaluationReport(
-        model=MeasuredModel(**asdict(part.model), latency_ms=part.latencies[0]),
-        baseline=MeasuredModel(**asdict(part.baseline), latency_ms=part.latencies[1]),
+        model=_measured(part.model, part.costs, 0),
+        baseline=_measured(part.baseline, part.costs, 1),
         data=part.data,
         n=result.n,
         metrics=result.metrics,
@@ -115,6 +131,24 @@ def report_of(part: Part) -> EvaluationReport:
         details=result.details,
         slices={name: tuple(place[i] for i in places if i in place) for name, places in part.slices.items()},
         user_metrics=result.user_metrics,
+        rounds=part.costs.rounds,
+        ratios={name: ratio_of(rounds) for name, rounds in part.costs.rounds.items()},
+        machine=part.costs.machine,
+        download=part.costs.download,
+    )
+
+
+def _measured(file: ModelFile, costs: Costs, k: int) -> MeasuredModel:
+    """Return the candidate (`k` 0) or the baseline (1) with what it costs."""
+    columns = {name: (rounds.candidate, rounds.baseline)[k] for name, rounds in costs.rounds.items()}
+    latency = {name: latency_of(column) for name, column in columns.items()}
+    return MeasuredModel(
+        **asdict(file),
+        latency_ms=latency["latency"],
+        package_bytes=costs.package_bytes[k],
+        latency_all_cores_ms=latency.get("latency_all_cores"),
+        cold_start_ms=latency.get("cold_start"),
+        peak_memory_bytes=costs.peak_memory_bytes[k],
     )
 
 
@@ -123,7 +157,7 @@ def part_to_json(part: Part) -> Json:
     flat = {f.name: getattr(part, f.name) for f in fields(Part) if f.name != "tally"}
     flat |= {name: asdict(flat[name]) for name in ("model", "baseline", "data")}
     flat["champion"] = None if part.champion is None else asdict(part.champion)
-    flat["latencies"] = None if part.latencies is None else [asdict(v) for v in part.latencies]
+    flat["costs"] = None if part.costs is None else asdict(part.costs)
     return {"schema": PART_SCHEMA, **flat, "tally": tally_to_json(part.tally)}
 
 
@@ -138,7 +172,7 @@ def part_from_json(value: Json) -> Part:
         raise DataError(f"expected schema {PART_SCHEMA}, found {found}; pass the files of `qcore evaluate --shard`")
     try:
         kept = {k: value[k] for k in ("size", "batch", "runtime", "qcore_version", "measured_at", "start", "stop")}
-        tally, times = tally_from_json(value["tally"]), value["latencies"]
+        tally, costs = tally_from_json(value["tally"]), value["costs"]
         if tally.n != value["stop"] - value["start"]:
             raise ValueError(f"{tally.n} samples for places {value['start']} to {value['stop']}")
         return Part(
@@ -148,8 +182,21 @@ def part_from_json(value: Json) -> Part:
             champion=None if value["champion"] is None else ModelFile(**value["champion"]),
             data=MeasuredData(**value["data"]),
             slices={k: tuple(v) for k, v in value["slices"].items()},
-            latencies=None if times is None else (Latency(**times[0]), Latency(**times[1])),
+            costs=None if costs is None else _costs(costs),
             tally=tally,
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         raise DataError(f"the part of an evaluation is damaged ({e}); run `qcore evaluate --shard` again") from e
+
+
+def _costs(value: Json) -> Costs:
+    sizes = {k: (value[k][0], value[k][1]) for k in ("package_bytes", "peak_memory_bytes")}
+    timed = {k: {who: tuple(map(float, column)) for who, column in v.items()} for k, v in value["rounds"].items()}
+    if "latency" not in timed:
+        raise ValueError("no latency")
+    return Costs(
+        **sizes,
+        rounds={k: Rounds(**columns) for k, columns in timed.items()},
+        machine={str(k): str(v) for k, v in value["machine"].items()},
+        download=None if value["download"] is None else Download(**value["download"]),
+    )

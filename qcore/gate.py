@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from qcore.budgets import budget_checks
 from qcore.derived import paired_counts
 from qcore.errors import GateRefused
 from qcore.groups import Counts, Family, judge_groups
@@ -86,7 +87,7 @@ def decide(
         *_champion_check(report, policy),
         *_parity_checks(parity, policy.parity),
         *_age_check(report, policy.max_age_days, now),
-        *_budget_checks(report, policy),
+        *budget_checks(report, policy.budgets, policy.confidence),
     ]
     return GateDecision(
         outcome=outcome_of(checks),
@@ -390,28 +391,3 @@ def _age_check(report: EvaluationReport, limit: float | None, now: datetime | No
     reason = f"days since {report.measured_at}"
     reason = reason if outcome == "pass" else f"{reason}: too old; run `qcore evaluate` again"
     return [Check(name="age_days", outcome=outcome, observed=days, bound=days, limit=limit, reason=reason)]
-
-
-def _budget_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
-    model, baseline, budgets = report.model, report.baseline, policy.budgets
-    observed = {
-        "size_bytes": (float(model.size_bytes), budgets.size_bytes, "bytes of the model file"),
-        "size_ratio": (model.size_bytes / baseline.size_bytes, budgets.size_ratio, "of the baseline's file size"),
-        "latency_ratio": (
-            model.latency_ms.p50 / baseline.latency_ms.p50,
-            budgets.latency_ratio,
-            f"of the baseline's median latency over {model.latency_ms.runs} interleaved runs",
-        ),
-    }
-    return [
-        Check(
-            name=name,
-            outcome="pass" if value <= limit else "fail",
-            observed=value,
-            bound=value,
-            limit=float(limit),
-            reason=what,
-        )
-        for name, (value, limit, what) in observed.items()
-        if limit is not None
-    ]

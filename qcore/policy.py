@@ -2,6 +2,7 @@
 
 from pydantic import Field, model_validator
 
+from qcore.budgets import Budgets
 from qcore.config import Config
 from qcore.parity_report import CONDITION_NAMES, ConditionName
 from qcore.waiver_policy import WaiverPolicy
@@ -97,14 +98,6 @@ class ParityLimit(Config):
         return self
 
 
-class Budgets(Config):
-    """Upper limits that have no sampling error: file size in bytes, and ratios candidate / baseline."""
-
-    size_bytes: int | None = Field(default=None, gt=0)
-    size_ratio: float | None = Field(default=None, gt=0)
-    latency_ratio: float | None = Field(default=None, gt=0)
-
-
 METRICS = ("top1", "top5", "agreement", "output_sqnr_db", "mae", "auc", "slices", "classes")
 """Fields of a policy that limit what the report measured, beside the metrics of users."""
 AGAINST_CHAMPION = {
@@ -188,8 +181,9 @@ def _asks_without_champion(policy: GatePolicy) -> bool:
 def for_choosing(policy: GatePolicy) -> GatePolicy | None:
     """Return what of `policy` can be asked of a candidate that is one of several; None if nothing is left.
 
-    Champion, parity and age belong to a release: they are asked by `qcore gate`, when there is one candidate.
+    Champion, download, parity and age belong to a release: they are asked by `qcore gate`, when there is one candidate.
     """
     if not _asks_without_champion(policy):
         return None
-    return policy.model_copy(update={"first_release": True, "parity": None, "max_age_days": None})
+    budgets = policy.budgets.model_copy(update={"download_bytes": None})
+    return policy.model_copy(update={"first_release": True, "parity": None, "max_age_days": None, "budgets": budgets})

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +14,13 @@ from qcore.derived import (
     class_counts,
     class_metrics,
     confusion,
+    latency_of,
     means,
     paired_counts,
+    ratio_of,
 )
 from qcore.errors import GateRefused
+from qcore.measured import TIMED, Latency, Ratio
 from qcore.report import ClassDetails, EvaluationReport, Samples
 
 ROUNDING = 1e-9  # of a number that was computed twice in float64, relative where it is above 1
@@ -31,6 +35,7 @@ def refuse_contradictions(report: EvaluationReport) -> None:
     """
     _refuse_lengths(report)
     _refuse_parts(report)
+    _refuse_costs(report)
     derived = _derived(report)
     expected = {"output_sqnr_db", *derived} | set(_errors(report))
     expected |= set() if report.champion is None else {"champion_output_sqnr_db"}
@@ -91,6 +96,31 @@ def _champion_fits(report: EvaluationReport) -> bool:
         and (champion is None or (champion.paired is not None) == (report.paired is not None))
         and (champion is None or (champion.top5 is not None) == five)
     )
+
+
+def _refuse_costs(report: EvaluationReport) -> None:
+    """Refuse latencies and ratios that do not follow from the rounds, and costs that no file has."""
+    if odd := sorted(set(report.rounds) - set(TIMED)) or sorted(set(report.rounds) ^ set(report.ratios)):
+        raise GateRefused(f"the report's rounds and ratios do not fit: {odd[0]}; {AGAIN}")
+    for name, rounds in report.rounds.items():
+        if not _same(report.ratios[name], ratio_of(rounds)):
+            raise GateRefused(f"the report's ratio of {name} does not follow from its rounds; {AGAIN}")
+    for who, model in (("baseline", report.baseline), ("candidate", report.model)):
+        stated = dict(zip(TIMED, (model.latency_ms, model.latency_all_cores_ms, model.cold_start_ms), strict=True))
+        for name, latency in stated.items():
+            timed = report.rounds.get(name)
+            if timed is None:
+                follows = latency is None or name == "latency"  # a report always has one
+            else:
+                follows = latency is not None and _same(latency, latency_of(getattr(timed, who)))
+            if not follows:
+                raise GateRefused(f"the report's {name} of the {who} does not follow from its rounds; {AGAIN}")
+
+
+def _same(stated: Latency | Ratio, derived: Latency | Ratio) -> bool:
+    """Say whether two results are equal but for rounding."""
+    pairs = [(getattr(stated, f.name), getattr(derived, f.name)) for f in fields(derived)]
+    return all(a is b or (None not in (a, b) and math.isclose(a, b, rel_tol=ROUNDING)) for a, b in pairs)
 
 
 def _derived(report: EvaluationReport) -> dict[str, float]:

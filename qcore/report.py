@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from qcore.canonical import Digest, Json, sha256_json
 from qcore.errors import GateRefused
+from qcore.measured import Download, MeasuredModel, Ratio, Rounds, check_digest
 from qcore.waiver import (
     NOBODY,
     Binding,
@@ -32,41 +33,24 @@ DECISION_SCHEMA = "qcore.decision/2"
 Task = Literal["classification", "regression", "anomaly", "none"]
 Direction = Literal["higher", "lower"]
 
-BUDGETS = ("size_bytes", "size_ratio", "latency_ratio")
+BUDGETS = (
+    "size_bytes",
+    "size_ratio",
+    "package_bytes",
+    "package_ratio",
+    "download_bytes",
+    "latency_ms",
+    "latency_ratio",
+    "latency_all_cores_ratio",
+    "cold_start_ms",
+    "memory_bytes",
+    "memory_ratio",
+)
 """Checks that more samples or better weights do not help."""
 NOT_WAIVABLE = ("champion", "parity", "parity_conditions", "age_days")
 """Checks about what was not measured, or not lately: nobody can vouch for what is not there."""
 UPPER_LIMITS = (*BUDGETS, "mae_increase", "mae_champion_increase", "mae_max", "age_days")
 """Checks whose limit is an upper one."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Latency:
-    """Wall time of one inference at batch 1 on one thread, in milliseconds; `runs` is the number of timed calls."""
-
-    p50: float
-    p95: float
-    runs: int
-
-    def __post_init__(self) -> None:
-        """Refuse what no measurement gives."""
-        if not all(isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in (self.p50, self.p95, self.runs)):
-            raise GateRefused(f"latency {self.p50}, {self.p95} over {self.runs} runs; allowed: finite and above 0")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MeasuredModel:
-    """One model file as it was measured: SHA-256 and size of its bytes, and its latency."""
-
-    sha256: Digest
-    size_bytes: int
-    latency_ms: Latency
-
-    def __post_init__(self) -> None:
-        """Refuse what is no file."""
-        if type(self.size_bytes) is not int or self.size_bytes <= 0:
-            raise GateRefused(f"size_bytes is {self.size_bytes!r}; allowed: a whole number above 0")
-        _check_digest(self.sha256)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +73,7 @@ class MeasuredData:
         texts, counts = (self.name, self.split, *self.slices), self.slices.values()
         if not all(isinstance(v, str) for v in texts) or not all(type(n) is int for n in counts):
             raise GateRefused(f"data are called {texts!r} with slices {self.slices!r}; allowed: text and whole numbers")
-        _check_digest(self.sha256)
+        check_digest(self.sha256)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +180,7 @@ class Champion:
         """Refuse what is no file."""
         if type(self.size_bytes) is not int or self.size_bytes <= 0:
             raise GateRefused(f"size_bytes of the champion is {self.size_bytes!r}; allowed: a whole number above 0")
-        _check_digest(self.sha256)
+        check_digest(self.sha256)
 
 
 TIME_FORM = "%Y-%m-%dT%H:%M:%SZ"
@@ -220,7 +204,10 @@ class EvaluationReport:
     `champion_output_sqnr_db` are those with the baseline, as the candidate's are.
 
     Shares are fractions of 1. `slices` holds places in the columns of `samples`. `measured_at` is when the evaluation
-    began (`TIME_FORM`); beside latency it is all that two runs over the same files do not share.
+    began (`TIME_FORM`); beside costs it is all that two runs over the same files do not share.
+
+    `rounds` holds the times that latencies and `ratios` follow from, by the names of `TIMED`; `machine` says what they
+    were measured on. `download` is None where there was no champion.
     """
 
     model: MeasuredModel
@@ -237,6 +224,10 @@ class EvaluationReport:
     details: ClassDetails | None = None
     slices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     user_metrics: Mapping[str, Direction] = field(default_factory=dict)
+    rounds: Mapping[str, Rounds] = field(default_factory=dict)
+    ratios: Mapping[str, Ratio] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
+    download: Download | None = None
 
     def to_json(self) -> Json:
         """Return the JSON form (`qcore.evaluation/3`); `latency_ms` repeats the candidate's for short paths."""
@@ -245,6 +236,8 @@ class EvaluationReport:
         value["paired"] = None if self.paired is None else asdict(self.paired)
         value["champion"] = None if self.champion is None else asdict(self.champion)
         value["details"] = None if self.details is None else _details_json(self.details)
+        value |= {name: {k: asdict(v) for k, v in value[name].items()} for name in ("rounds", "ratios")}
+        value["download"] = None if self.download is None else asdict(self.download)
         value["samples"] = _shallow(self.samples) | {"values": {k: _shallow(v) for k, v in self.samples.values.items()}}
         return {"schema": REPORT_SCHEMA, **value, "latency_ms": value["model"]["latency_ms"]}
 
@@ -272,7 +265,8 @@ class Check:
 
     `observed` is the point value, `bound` the one-sided confidence bound that is held against `limit` (equal to
     `observed` where the value has no sampling error), `needs_samples` the further samples that would decide an
-    inconclusive check at the observed rates. Limits of `UPPER_LIMITS` are upper ones, all others lower ones.
+    inconclusive check at the observed rates, `needs_runs` the further rounds of timing. Limits of `UPPER_LIMITS` are
+    upper ones, all others lower ones.
 
     `groups` are the slices or classes that the check is about; numbers are then those of the worst one.
 
@@ -288,6 +282,7 @@ class Check:
     reason: str
     needs_samples: int | None = None
     groups: tuple[Group, ...] = ()
+    needs_runs: int | None = None
 
     def __post_init__(self) -> None:
         """Hold the invariant, also for a check that was read from a file."""
@@ -319,8 +314,8 @@ class GatedPackage:
 
     def __post_init__(self) -> None:
         """Refuse what names no package."""
-        _check_digest(self.sha256)
-        _check_digest(self.manifest_sha256)
+        check_digest(self.sha256)
+        check_digest(self.manifest_sha256)
         if not all(isinstance(v, str) and v for v in (self.family, self.version)):
             raise GateRefused(f"package is called {self.family!r} {self.version!r}; allowed: text; package again")
 
@@ -479,11 +474,6 @@ def decision_from_json(value: Json) -> GateDecision:
     if decision.outcome not in get_args(Outcome):
         raise GateRefused(f"gate decision: outcome {decision.outcome!r}; allowed: {', '.join(get_args(Outcome))}")
     return decision
-
-
-def _check_digest(value: object) -> None:
-    if not (isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")):
-        raise GateRefused(f"digest {str(value)[:70]!r} is not a SHA-256 of 64 lower-case hex digits")
 
 
 def _fields(value: Json, schema: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 
 from qcore.canonical import Json
 from qcore.errors import GateRefused
+from qcore.measured import Download, Latency, MeasuredModel, Ratio, Rounds
 from qcore.report import (
     REPORT_SCHEMA,
     TIME_FORM,
@@ -20,9 +21,7 @@ from qcore.report import (
     ClassDetails,
     Direction,
     EvaluationReport,
-    Latency,
     MeasuredData,
-    MeasuredModel,
     PairedCounts,
     ProbabilityBin,
     Samples,
@@ -59,6 +58,10 @@ def report_from_json(value: Json) -> EvaluationReport:
         details=None if v["details"] is None else _details(v["details"]),
         slices=_mapping(v["slices"], "slices", _integers),
         user_metrics=_mapping(v["user_metrics"], "user_metrics", _direction),
+        rounds=_mapping(v["rounds"], "rounds", _rounds),
+        ratios=_mapping(v["ratios"], "ratios", _ratio),
+        machine=_mapping(v["machine"], "machine", _text),
+        download=None if v["download"] is None else Download(**_of(Download, v["download"], "download")),
     )
     if _latency(v["latency_ms"], "latency_ms") != report.model.latency_ms:
         raise _wrong("latency_ms", v["latency_ms"], "that of the model")
@@ -144,8 +147,20 @@ def _latency(value: Json, where: str) -> Latency:
 
 def _measured(value: Json, where: str) -> MeasuredModel:
     v = _of(MeasuredModel, value, where)
-    latency = _latency(v["latency_ms"], f"{where}.latency_ms")
-    return MeasuredModel(sha256=v["sha256"], size_bytes=v["size_bytes"], latency_ms=latency)
+    further = ("latency_all_cores_ms", "cold_start_ms")
+    timed = {k: None if v[k] is None else _latency(v[k], f"{where}.{k}") for k in further}
+    return MeasuredModel(**{**v, **timed, "latency_ms": _latency(v["latency_ms"], f"{where}.latency_ms")})
+
+
+def _rounds(value: Json, where: str) -> Rounds:
+    v = _of(Rounds, value, where)
+    return Rounds(baseline=_numbers(v["baseline"], where), candidate=_numbers(v["candidate"], where))
+
+
+def _ratio(value: Json, where: str) -> Ratio:
+    v = _of(Ratio, value, where)
+    low, high = (None if v[k] is None else _number(v[k], f"{where}.{k}") for k in ("low", "high"))
+    return Ratio(value=_number(v["value"], where), low=low, high=high)
 
 
 def _data(value: Json) -> MeasuredData:

@@ -12,18 +12,19 @@ from qcore.derived import (
     class_counts,
     class_metrics,
     confusion,
+    latency_of,
     mean,
     means,
     paired_counts,
+    ratio_of,
 )
+from qcore.measured import Download, MeasuredModel, Rounds
 from qcore.report import (
     ByModel,
     Champion,
     ClassDetails,
     EvaluationReport,
-    Latency,
     MeasuredData,
-    MeasuredModel,
     ProbabilityBin,
     Samples,
     Values,
@@ -32,8 +33,19 @@ from qcore.report import (
 MEASURED_AT = "2026-11-27T12:00:00Z"
 
 
-def measured(digest: str, size: int = 100, p50: float = 1.0) -> MeasuredModel:
-    return MeasuredModel(sha256=digest * 64, size_bytes=size, latency_ms=Latency(p50=p50, p95=2 * p50, runs=20))
+TIMES = tuple(1 + 0.01 * k for k in range(-10, 10))
+ROUNDS = Rounds(candidate=TIMES, baseline=tuple(2 * t for t in TIMES))
+COSTS = {
+    "rounds": {"latency": ROUNDS},
+    "ratios": {"latency": ratio_of(ROUNDS)},
+    "machine": {"cpu": "one"},
+    "download": Download(released_sha256="d" * 64, delta_bytes=30),
+}
+
+
+def measured(digest: str, size: int = 100, factor: float = 1.0) -> MeasuredModel:
+    latency = latency_of([factor * t for t in TIMES])
+    return MeasuredModel(sha256=digest * 64, size_bytes=size, latency_ms=latency, package_bytes=size // 2)
 
 
 def by_model(label, named):
@@ -82,6 +94,7 @@ def classified(label, baseline, candidate, slices=None) -> EvaluationReport:
         runtime={},
         qcore_version="0",
         measured_at=MEASURED_AT,
+        **COSTS,
     )
 
 
@@ -107,6 +120,7 @@ def valued(task, label=None, **values) -> EvaluationReport:
         runtime={},
         qcore_version="0",
         measured_at=MEASURED_AT,
+        **COSTS,
     )
 
 

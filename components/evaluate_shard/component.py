@@ -26,7 +26,7 @@ def evaluate_shard(
         baseline: Float ONNX model that it is held against.
         data: Data-set card (YAML), or a folder holding exactly one.
         part: What was measured on the samples of this shard (JSON).
-        shard: Which part of the split to read, from 1; the first one measures latency for all.
+        shard: Which part of the split to read, from 1; the first one measures costs for all.
         shards: Number of parts.
         split: Name of the split of the card to read.
         data_sha256: Digest of the data; part of the cache key, so give another one when card or samples change.

@@ -188,7 +188,7 @@ def _parity(path: Path, decision: "GateDecision") -> str:
 
 
 def _report(path: Path, decision: "GateDecision") -> str:
-    from qcore.steps.judgement import load_report
+    from qcore.steps.decision import load_report
 
     return _digest(load_report(path).sha256, decision.report_sha256)
 
@@ -209,7 +209,7 @@ def _again(report: Path | None, given: tuple[Path | None, Path | None], decision
 
 def _by_default(report: Path, decision: "GateDecision") -> bool:
     from qcore.gate import default_policy
-    from qcore.steps.judgement import load_report
+    from qcore.steps.decision import load_report
 
     try:
         return default_policy(load_report(report)).sha256 == decision.policy_sha256
@@ -219,7 +219,7 @@ def _by_default(report: Path, decision: "GateDecision") -> bool:
 
 def _same_again(report: Path, given: tuple[Path | None, Path | None], decision: "GateDecision") -> str:
     from qcore.gate import default_policy
-    from qcore.steps.judgement import load_report
+    from qcore.steps.decision import load_report
     from qcore.steps.matching import load_parity
 
     policy, parity = given

@@ -17,6 +17,7 @@ from qcore import components, demo
 from qcore.components import calibrate, evaluate, gate, package, parity, prune, publish, quantize
 from qcore.components.images import IMAGE
 from qcore.demo.make_data import write_digits
+from qcore.derived import cost_metrics
 from qcore.errors import GateRefused, ModelError
 from qcore.files import sha256_file
 from qcore.release.evidence import verify_evidence
@@ -145,7 +146,8 @@ def test_metrics_are_the_reports_numbers(world: World) -> None:
     report = report_from_json(json.loads(world.path("report").read_bytes()))
     metrics = world.artifacts["metrics"].metadata
     assert all(isinstance(v, float) and math.isfinite(v) for v in metrics.values())
-    assert metrics == {**report.metrics, "latency_p50_ms": report.model.latency_ms.p50, "n": report.n}
+    assert metrics == {**report.metrics, **cost_metrics(report), "n": report.n}
+    assert {"latency_ratio_high", "latency_all_cores_p50_ms", "cold_start_p50_ms", "package_bytes"} <= set(metrics)
 
 
 def test_the_gate_returns_the_outcome_that_it_signed(world: World) -> None:

@@ -357,6 +357,9 @@ REPORTS = {
 FITS = {  # other facts, no damage: nothing else in the report repeats them
     **dict.fromkeys(("name", "split", "qcore_version"), ("x", "0", "deleted")),
     "output_sqnr_db": (-1, -0.5, True),
+    "machine": ({},),
+    "cpu": ("x", "0", "deleted"),
+    **dict.fromkeys(("package_bytes", "download"), (None,)),  # not measured; no policy here asks
 }
 EXPECTED = {name: json.loads(json.dumps(r.to_json())) for name, (r, _) in REPORTS.items()}
 
@@ -382,9 +385,9 @@ def test_nothing_passes_with_any_field_missing_or_damaged(name, data):
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_no_field_of_a_report_can_be_left_out(name):
-    """All of them, not a sample: what is deleted refuses the report, or it is an entry of `runtime`."""
+    """All of them, not a sample: what is deleted refuses the report, or it is an entry of `runtime` or `machine`."""
     for path in places(EXPECTED[name]):
-        if path[0] != "runtime" or len(path) == 1:
+        if path[0] not in ("runtime", "machine") or len(path) == 1:
             with pytest.raises(GateRefused):
                 decide(report_from_json(damaged(EXPECTED[name], path, "deleted")), REPORTS[name][1])
 

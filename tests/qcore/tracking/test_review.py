@@ -7,18 +7,9 @@ import pytest
 from securesystemslib.signer import CryptoSigner
 
 from qcore.errors import ModelError
+from qcore.measured import Latency, MeasuredModel
 from qcore.release.waivers import new_waiver, overridden, owner_key, sign_waiver
-from qcore.report import (
-    Check,
-    EvaluationReport,
-    GateDecision,
-    Latency,
-    MeasuredData,
-    MeasuredModel,
-    Outcome,
-    PairedCounts,
-    Samples,
-)
+from qcore.report import Check, EvaluationReport, GateDecision, MeasuredData, Outcome, PairedCounts, Samples
 from qcore.tracking.facts import expect_model, text_file
 from qcore.tracking.journal import Attachment, Metrics, Tags, journals, read_journal
 from qcore.tracking.review import review, summary_metrics, to_html, to_markdown
