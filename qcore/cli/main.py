@@ -12,7 +12,20 @@ import typer
 from typer.exceptions import TyperException
 
 from qcore import __version__
-from qcore.cli import calibration, demo, evaluation, layers, lint, model, parity, pipeline, repo, tracking, training
+from qcore.cli import (
+    calibration,
+    demo,
+    evaluation,
+    layers,
+    lint,
+    model,
+    parity,
+    pipeline,
+    repo,
+    review,
+    tracking,
+    training,
+)
 from qcore.cli.output import print_json
 from qcore.errors import QcoreError
 from qcore.steps import is_first
@@ -39,6 +52,7 @@ app.command("lint")(lint.lint)
 app.command("evaluate")(evaluation.evaluate)
 app.command("merge-reports")(evaluation.merge_reports)
 app.command("parity")(parity.parity)
+app.command("review")(review.review)
 app.command("layers")(layers.layers)
 app.command("sensitivity")(layers.sensitivity)
 app.command("mixed")(layers.mixed)

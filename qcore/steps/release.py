@@ -76,11 +76,16 @@ def publish(*, package: Path, evidence: Path, repository: Path, keys: Path, chan
     from qcore.release.repository import Submission, publish_release
     from qcore.release.store import DirectoryStore
 
-    submission = Submission(package=package, evidence=_read_evidence(evidence), channel=channel)
+    submission = Submission(package=package, evidence=read_evidence(evidence), channel=channel)
     return publish_release(DirectoryStore(folder=repository), submission, load_keys(keys), now=datetime.now(UTC))
 
 
-def _read_evidence(path: Path) -> bytes:
+def read_evidence(path: Path) -> bytes:
+    """Return the bytes of a signed decision.
+
+    Raises:
+        GateRefused: the file cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as e:
@@ -91,7 +96,7 @@ def _claimed_pass(evidence: Path, raw: bytes) -> "GateDecision":
     from qcore.canonical import sha256_bytes
     from qcore.release.evidence import claimed_decision
 
-    decision = claimed_decision(_read_evidence(evidence))
+    decision = claimed_decision(read_evidence(evidence))
     if decision.model_sha256 != sha256_bytes(raw):
         raise GateRefused(
             f"the evidence is about model {decision.model_sha256[:12]}, this model is {sha256_bytes(raw)[:12]}; "
