@@ -25,6 +25,7 @@ from qcore.components.prune import prune
 from qcore.components.prune_channels import prune_channels
 from qcore.components.publish import publish
 from qcore.components.quantize import quantize
+from qcore.components.review import review
 from qcore.files import write_atomic
 from qcore.pipelines.calibrate_sharded import calibrate_sharded
 from qcore.pipelines.evaluate_sharded import evaluate_sharded
@@ -47,6 +48,7 @@ SOURCES: dict[str, Any] = {
             evaluate_shard,
             merge_reports,
             gate,
+            review,
             package,
             publish,
         )

@@ -12,6 +12,7 @@ def evaluate(
     data: dsl.Input[dsl.Dataset],
     report: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
+    confusion: dsl.Output[dsl.ClassificationMetrics],
     split: str = "evaluation",
     data_sha256: str = "",
     baseline_sha256: str = "",
@@ -24,6 +25,7 @@ def evaluate(
         data: Data-set card (YAML), or a folder holding exactly one.
         report: Evaluation report (JSON): per-sample results, metrics, latency, sizes, digests.
         metrics: The metrics as numbers.
+        confusion: Confusion matrix of the candidate; of more than 50 classes the worst 20, the others as one.
         split: Name of the split of the card to read.
         data_sha256: Digest of the data; part of the cache key, so give another one when card or samples change.
         baseline_sha256: SHA-256 that the baseline file must have; part of the cache key. Empty: any file.
@@ -31,6 +33,7 @@ def evaluate(
     from pathlib import Path
 
     from qcore import steps
+    from qcore.review.confusion import log_confusion
     from qcore.tracking.facts import expect_model, file_facts
     from qcore.tracking.tracker import Tracker
 
@@ -41,5 +44,6 @@ def evaluate(
         result = steps.evaluate(candidate=ours, baseline=theirs, data=card, out=out, split=split, progress=t.progress)
         report.metadata.update(file_facts(out, "qcore-evaluation"))
         t.metrics({**result.metrics, "latency_p50_ms": result.model.latency_ms.p50, "n": result.n}, kfp=metrics)
+        log_confusion(confusion, result, steps.class_names(card, result.data.name))
         t.params({"data": result.data.name, "evaluation_split": split}, on="parent")
         t.artifact(out, name="report.json")

@@ -14,6 +14,7 @@ from qcore.components.package import package
 from qcore.components.prune import prune
 from qcore.components.publish import publish
 from qcore.components.quantize import quantize
+from qcore.components.review import review
 
 KEYS = "/etc/qcore/keys"
 REPOSITORY = "/var/lib/qcore/repository"
@@ -66,6 +67,8 @@ def release(
     gated = tracked(gate(report=evaluated.outputs["report"], key=f"{keys}/gate.pem", policy=policy))
     kubernetes.use_secret_as_volume(gated, GATE_KEY_VOLUME, mount_path=KEYS)
     evidence = gated.outputs["evidence"]
+    made = {"candidate": candidate, "summary": quantized.outputs["summary"], "table": table}
+    tracked(review(report=evaluated.outputs["report"], evidence=evidence, data=data, name=recipe, **made))
 
     with dsl.If(gated.outputs["Output"] == "pass", name="passed"):
         named = {"family": family, "version": version, "target": target}

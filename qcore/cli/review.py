@@ -39,7 +39,7 @@ def review(
     """Write what a reviewer needs as a page without requests, as Markdown and as JSON."""
     files = steps.review_paths(out)
     found = steps.review(
-        reports=_named(report),
+        reports=[_named(text) for text in report],
         out=files,
         beside=steps.Beside(
             evidence=evidence or (),
@@ -63,17 +63,10 @@ def review(
     print(files.page)
 
 
-def _named(reports: list[str]) -> dict[str, Path]:
-    """Return paths by the name of their candidate: that in front of `=`, else the name of the file without its end."""
-    named: dict[str, Path] = {}
-    for text in reports:
-        name, equals, path = text.partition("=")
-        if not (equals and name and path):
-            name, path = Path(text).name.partition(".")[0], text
-        if name in named:
-            raise typer.BadParameter(f"candidate {name!r} is there twice; allowed: a name each", param_hint="--report")
-        named[name] = Path(path)
-    return named
+def _named(text: str) -> tuple[str, Path]:
+    """Return name and path: what is in front of `=`, or the name of the file up to its first dot."""
+    name, equals, path = text.partition("=")
+    return (name, Path(path)) if equals and name and path else (Path(text).name.partition(".")[0], Path(text))
 
 
 def _print_candidates(review: Review) -> None:

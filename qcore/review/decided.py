@@ -3,7 +3,19 @@
 from collections.abc import Mapping
 
 from qcore.report import Check, Group
-from qcore.review.facts import Review, costs, digests, waivers
+from qcore.review.facts import (
+    Interval,
+    Judged,
+    Review,
+    Waived,
+    costs,
+    digests,
+    download,
+    machine,
+    may_override,
+    ratios,
+    waived,
+)
 from qcore.review.source import Step
 from qcore.review.tables import Section, Table, number_columns, rest_of, subject_first
 from qcore.review.wording import by_name, count, cut, listed, milliseconds, number, percent, size, times
@@ -20,7 +32,7 @@ COST_WORDS: Mapping[str, str] = {
 
 
 def models(review: Review) -> Section:
-    """Return the table of the issue: one model, then float and every candidate for each question."""
+    """Return one row for the model with float and every candidate for each question, and a row per candidate."""
     measure, m = review.measure, review.candidates[0].source.report.metrics
     labels = [cut(c.label, 40) for c in review.candidates]
     reports = [c.source.report for c in review.candidates]
@@ -42,18 +54,11 @@ def models(review: Review) -> Section:
         *(size(r.model.size_bytes) for r in reports),
     )
     data = f"{count(review.n, 'sample')} of {cut(review.data.name, 60)} / {cut(review.data.split, 60)}"
-    text = (
-        f"On {data}; latency is the median at batch 1 on one thread, each candidate timed in turn with the float model."
-    )
-    return Section(
-        key="models",
-        title="Float and candidates",
-        text=text,
-        tables=(
-            Table(title="", header=header, rows=(row,), right=number_columns(header, ("model",))),
-            _candidates(review),
-        ),
-    )
+    text = f"On {data}; latency is the median at batch 1 on one thread. Each candidate was timed in turns with float."
+    sides = len(labels) + 1
+    over = (("", 1), (measure.words, len(floats) + len(labels)), ("latency", sides), ("size", sides))
+    table = Table(title="", header=header, rows=(row,), right=number_columns(header, ("model",)), over=over)
+    return Section(key="models", title="Float and candidates", text=text, tables=(table, _candidates(review)))
 
 
 def _candidates(review: Review) -> Table:
@@ -88,11 +93,12 @@ def gate(review: Review) -> Section:
         if c.source.decision is None:
             continue
         header = ("check", "observed", "bound", "limit", "outcome", "reason")
-        rows = tuple(_check(check) for check in c.source.decision.checks)
+        by = {name: w.who for w in waived(c.source.decision.to_json()) for name in w.checks}
+        rows = tuple(_check(check, by.get(check.name)) for check in c.source.decision.checks)
         right = number_columns(header, ("check", "outcome", "reason"))
         title, aside = f"Checks of {cut(c.label, 60)}", c is not review.judged
         tables.append(Table(title=title, header=header, rows=rows, right=right, aside=aside))
-        tables += [_groups(review, check, aside) for check in c.source.decision.checks if check.groups]
+        tables += [_groups(review, check, c) for check in c.source.decision.checks if check.groups]
     silent = [c.label for c in review.candidates if c.source.decision is None]
     text = (
         "The bound is what the value is at worst at the stated confidence; a check passes where the bound keeps the "
@@ -105,24 +111,25 @@ def gate(review: Review) -> Section:
     )
 
 
-def _check(check: Check) -> tuple[str, ...]:
+def _check(check: Check, by: str | None) -> tuple[str, ...]:
     values = (by_name(check.name, v) for v in (check.observed, check.bound, check.limit))
     more = "" if check.needs_samples is None else f"; about {count(check.needs_samples, 'more sample')} would decide"
-    return (cut(check.name, 60), *values, check.outcome, cut(check.reason) + more)
+    waiver = "" if by is None else f"waived by {cut(by, 60)}: "
+    return (cut(check.name, 60), *values, check.outcome, waiver + cut(check.reason) + more)
 
 
-def _groups(review: Review, check: Check, aside: bool) -> Table:
+def _groups(review: Review, check: Check, judged: Judged) -> Table:
     header = ("group", "samples", "observed", "bound", "outcome", "reason")
     order = {"fail": 0, "inconclusive": 1, "pass": 2, "not judged": 3}
     ranked = sorted(check.groups, key=lambda g: (order[g.outcome], g.bound or 0.0, g.name))
     rows = tuple(_group(review, check.name, g) for g in ranked[:GROUPS_SHOWN])
     return Table(
-        title=f"Groups of {cut(check.name, 60)}, worst first",
+        title=f"{cut(judged.label, 60)}, groups of {cut(check.name, 60)}, worst first",
         header=header,
         rows=rows,
         right=number_columns(header, ("group", "outcome", "reason")),
         more=rest_of(len(ranked), GROUPS_SHOWN, "group"),
-        aside=aside,
+        aside=judged is not review.judged,
     )
 
 
@@ -227,7 +234,7 @@ def cost(review: Review) -> Section:
         rows.append((cut(said, 60), *("" if v is None else by_name(name, v) for v in (theirs, *ours))))
     rows += _further_costs(review)
     table = Table(title="", header=header, rows=tuple(rows), right=number_columns(header, ("cost",)))
-    where = ", ".join(f"{k} {v}" for k, v in sorted(review.judged.source.report.runtime.items()))
+    where = ", ".join(f"{k} {v}" for k, v in sorted(machine(review.judged.source.report).items()))
     return Section(key="cost", title="What it costs", text=f"Measured with {cut(where, 300)}.", tables=(table,))
 
 
@@ -239,9 +246,23 @@ def _further_costs(review: Review) -> list[tuple[str, ...]]:
         "" if s.summary is None or s.summary.packed_bytes is None else size(s.summary.packed_bytes) for s in sources
     ]
     seconds = [0.0 if s.summary is None else sum(step.seconds for step in s.summary.steps) for s in sources]
-    rows = [("package, whole download", "", *packages), ("size inside a package", "", *packed)]
+    timed = [ratios(s.report) for s in sources]
+    names = list(dict.fromkeys(name for found in timed for name in found))
+    rows = [
+        (f"{name.replace('_', ' ')}, of float", "", *(_interval(found.get(name)) for found in timed)) for name in names
+    ]
+    deltas = [download(s.report) for s in sources]
+    rows.append(("download with the release there", "", *("" if d is None else size(d[1]) for d in deltas)))
+    rows += [("package, whole download", "", *packages), ("size inside a package", "", *packed)]
     rows.append(("training", "", *("" if not v else milliseconds(1000 * v) for v in seconds)))
     return [row for row in rows if any(row[1:])]
+
+
+def _interval(ratio: Interval | None) -> str:
+    if ratio is None:
+        return ""
+    bounds = "" if ratio.low is None or ratio.high is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
+    return f"{times(ratio.value)}{bounds}"
 
 
 def lineage(review: Review) -> Section:
@@ -252,7 +273,7 @@ def lineage(review: Review) -> Section:
         rows = [(name, value) for name, value in digests(c).items()]
         if source.package is not None:
             rows.append(("release", cut(source.package.release, 120)))
-        rows += [(cut(k, 40), cut(v, 120)) for k, v in sorted(source.report.runtime.items())]
+        rows += [(cut(k, 40), cut(str(v), 120)) for k, v in sorted(machine(source.report).items())]
         rows.append(("qcore", source.report.qcore_version))
         title = f"What exactly {cut(c.label, 60)} is (SHA-256)"
         aside = c is not review.judged
@@ -265,23 +286,18 @@ def lineage(review: Review) -> Section:
 
 
 def override(review: Review) -> Section:
-    """Return who may release in spite of the outcome."""
-    given = waivers(review.judged.source.decision)
-    rule = {
-        "pass": "Nothing needs to be overridden.",
-        "fail": "Only another candidate, or a policy that its owner changes in the open: its digest is signed, too.",
-        "inconclusive": "Nobody: evaluate more samples, or have the owner of the policy change it in the open.",
-        "not judged": "There is nothing to override yet: run the gate.",
-    }[review.outcome]
-    fixed = "A release needs the gate's signature on this decision; the publisher cannot add it."
+    """Return who may release in spite of the outcome, and who did."""
+    decision = review.judged.source.decision
+    value = {} if decision is None else decision.to_json()
+    rule = "There is nothing to override yet: run the gate." if decision is None else may_override(value)
+    given = waived(value)
+    text = f"{rule} A release needs the gate's signature on the decision, which the publisher cannot give."
     if not given:
-        return Section(key="override", title="Who may override", text=f"{rule} No waiver is in force. {fixed}")
-    keys = list(dict.fromkeys(k for w in given for k in w)) if all(isinstance(w, dict) for w in given) else []
-    rows = (
-        tuple(tuple(cut(str(w.get(k, ""))) for k in keys) for w in given)
-        if keys
-        else tuple((cut(str(w)),) for w in given)
-    )
-    table = Table(title="Waivers", header=tuple(keys) or ("waiver",), rows=rows)
-    text = f"{count(len(given), 'signed waiver')} {'is' if len(given) == 1 else 'are'} in force. {fixed}"
+        return Section(key="override", title="Who may override", text=f"{text} No waiver is in force.")
+    header = ("waived by", "checks", "reason", "issued", "expires")
+    table = Table(title="Waivers", header=header, rows=tuple(map(_waiver, given)))
     return Section(key="override", title="Who may override", text=text, tables=(table,))
+
+
+def _waiver(w: Waived) -> tuple[str, ...]:
+    return (cut(w.who, 60), cut(", ".join(w.checks)), cut(w.reason), w.issued, w.expires)

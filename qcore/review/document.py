@@ -4,7 +4,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from qcore.canonical import Json
-from qcore.review.facts import REVIEW_SCHEMA, Flip, Judged, Review, costs, digests, waivers
+from qcore.review.facts import (
+    REVIEW_SCHEMA,
+    Flip,
+    Judged,
+    Review,
+    costs,
+    digests,
+    download,
+    may_override,
+    ratios,
+    waived,
+)
 
 
 def to_json(review: Review) -> Json:
@@ -35,6 +46,7 @@ def to_json(review: Review) -> Json:
 def _candidate(judged: Judged) -> Json:
     source = judged.source
     report = source.report
+    decision = {} if source.decision is None else source.decision.to_json()
     return {
         "name": source.name,
         "label": judged.label,
@@ -45,8 +57,11 @@ def _candidate(judged: Judged) -> Json:
         "model": asdict(report.model),
         "metrics": dict(report.metrics),
         "costs": {name: {"baseline": theirs, "candidate": ours} for name, (theirs, ours) in costs(report).items()},
-        "decision": None if source.decision is None else source.decision.to_json(),
-        "waivers": list(waivers(source.decision)),
+        "ratios": {name: asdict(r) for name, r in ratios(report).items()},
+        "download": download(report),
+        "decision": decision or None,
+        "waivers": [asdict(w) for w in waived(decision)],
+        "may_override": may_override(decision),
         "classes": [asdict(c) for c in judged.classes],
         "flips": {
             "right_to_wrong": _rows(judged.flips.right_to_wrong),

@@ -10,7 +10,7 @@ from typing import Literal
 
 from qcore.canonical import Digest, Json
 from qcore.pareto.front import pareto_front
-from qcore.report import BUDGETS, Check, EvaluationReport, GateDecision, MeasuredData, MeasuredModel, Outcome
+from qcore.report import BUDGETS, Check, EvaluationReport, MeasuredData, MeasuredModel, Outcome
 from qcore.review.source import Candidate, Sources
 from qcore.review.wording import by_name, count, cut, percent, points
 
@@ -257,7 +257,9 @@ def _verdict(judged: Judged, measure: Measure) -> str:
     if decision is None:
         return f"NOT JUDGED: no gate decision on {name} was given; {stands}."
     if decision.outcome == "pass":
-        return f"PASS: {name} may be released; {stands}."
+        by = ", ".join(w.who for w in waived(decision.to_json()))
+        how = f" BY WAIVER of {cut(by, 80)}" if by else ""
+        return f"PASS{how}: {name} may be released; {stands}."
     open_checks = [c for c in decision.checks if c.outcome == decision.outcome]
     which = ", ".join(cut(c.name, 40) for c in open_checks[:4]) or "a policy without checks"
     if decision.outcome == "fail":
@@ -269,7 +271,8 @@ def _sure(judged: Judged) -> str:
     decision = judged.source.decision
     if decision is None:
         return "How sure: unknown, since nothing was tested against a policy. Run qcore gate on the report."
-    said = "How sure: each check holds" if decision.outcome == "pass" else "Tested"
+    holds = all(c.outcome == "pass" for c in decision.checks)
+    said = "How sure: each check holds" if holds else "Tested"
     said += f" at {100 * decision.confidence:.4g} % one-sided confidence on {decision.n:,} paired samples"
     parts = [said, *(_bound(c) for c in decision.checks if c.name not in BUDGETS and c.bound != c.observed)][:4]
     more = max((c.needs_samples or 0 for c in decision.checks), default=0)
@@ -283,10 +286,41 @@ def _bound(check: Check) -> str:
     return f"{cut(check.name, 40)} was seen at {observed} and is at worst {bound}, where {limit} is allowed"
 
 
-def waivers(decision: GateDecision | None) -> tuple[Json, ...]:
-    """Return the waivers that a decision carries, as they are written."""
-    found = {} if decision is None else decision.to_json()
-    return tuple(found.get("waivers") or ())
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Waived:
+    """A permission to release although checks did not pass: who gave it, why, from when to when, for which checks."""
+
+    who: str
+    reason: str
+    issued: str
+    expires: str
+    checks: tuple[str, ...]
+
+
+def waived(decision: Json) -> tuple[Waived, ...]:
+    """Return the waivers in the JSON form of a decision; none where it has no such field."""
+    found = (signed["waiver"] for signed in decision.get("waivers") or ())
+    return tuple(
+        Waived(
+            who=w["owner"]["name"],
+            reason=w["reason"],
+            issued=w["issued"],
+            expires=w["expires"],
+            checks=tuple(c["name"] for c in w["checks"]),
+        )
+        for w in found
+    )
+
+
+def may_override(decision: Json) -> str:
+    """Return who may waive what, from the JSON form of a decision; nobody where it has no such field."""
+    rule = decision.get("override") or {}
+    if not rule.get("owners"):
+        return "Nobody may override: the policy allows no waivers."
+    names = " or ".join(o["name"] for o in rule["owners"])
+    return (
+        f"{names} may waive {', '.join(rule['checks'])} by a signed waiver, each for at most {rule['max_days']} days."
+    )
 
 
 def digests(judged: Judged) -> Mapping[str, Digest]:
@@ -294,9 +328,12 @@ def digests(judged: Judged) -> Mapping[str, Digest]:
     source, report = judged.source, judged.source.report
     found = {"candidate": report.model.sha256, "float model": report.baseline.sha256, "samples": report.data.sha256}
     if source.decision is not None:
-        said = {k.removesuffix("_sha256"): v for k, v in source.decision.to_json().items() if k.endswith("_sha256")}
+        value = source.decision.to_json()
+        said = {k.removesuffix("_sha256"): v for k, v in value.items() if k.endswith("_sha256")}
         known = {"model", "baseline", "data"}
         found |= {k.replace("_", " "): v for k, v in said.items() if k not in known and isinstance(v, str) and v}
+        if value.get("package"):
+            found["package that was judged"] = value["package"]["sha256"]
     found.setdefault("report", report.sha256)
     if source.summary is not None:
         found["recipe"] = source.summary.recipe_sha256
@@ -305,6 +342,32 @@ def digests(judged: Judged) -> Mapping[str, Digest]:
     if source.package is not None:
         found["package"] = source.package.sha256
     return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """Candidate / float of something that was timed in rounds, with its bounds where there are enough of them."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def ratios(report: EvaluationReport) -> Mapping[str, Interval]:
+    """Return the ratios with intervals that a report holds, by what was timed; none where it has no such field."""
+    found: Json = report.to_json().get("ratios") or {}
+    return {k: Interval(value=r["value"], low=r["low"], high=r["high"]) for k, r in found.items()}
+
+
+def download(report: EvaluationReport) -> tuple[Digest, int] | None:
+    """Return the digest of the released model and the bytes of the delta from it; None where a report has no such."""
+    found: Json = report.to_json().get("download")
+    return None if not found else (found["released_sha256"], found["delta_bytes"])
+
+
+def machine(report: EvaluationReport) -> Mapping[str, str]:
+    """Return what was measured on, and with what."""
+    return {**report.runtime, **(report.to_json().get("machine") or {})}
 
 
 def costs(report: EvaluationReport) -> Mapping[str, tuple[float | None, float | None]]:

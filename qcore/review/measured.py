@@ -1,8 +1,9 @@
 """Sections on what was measured in detail: layers, classes, samples, ranges, what was left alone, other conditions."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from qcore.review.facts import Review
+from qcore.review.facts import Flip, Judged, Review
 from qcore.review.source import RangeFit, Summary
 from qcore.review.tables import Section, Table, number_columns, rest_of, subject_first
 from qcore.review.wording import count, cut, decibels, listed, number, percent, points, small
@@ -97,6 +98,7 @@ def flips(review: Review) -> Section | None:
     for c in subject_first(review):
         kinds = c.flips.named()
         if c.source.report.samples.candidate is None:
+            tables += _grown(review, c)
             continue
         counted = ", ".join(f"{len(v):,} {kind}" for kind, v in kinds.items())
         said.append(f"{cut(c.label, 60)}: {counted}.")
@@ -110,7 +112,7 @@ def flips(review: Review) -> Section | None:
                 cut(review.class_name(f.candidate), 60),
             )
             for kind, flips in kinds.items()
-            for f in flips[:FLIPS_SHOWN]
+            for f in spread(flips)
         )
         if rows:
             found = sum(map(len, kinds.values()))
@@ -121,9 +123,39 @@ def flips(review: Review) -> Section | None:
                     title=title, header=header, rows=rows, right=frozenset({1}), more=more, aside=c is not review.judged
                 )
             )
-    if not said:
+    if not said and not tables:
         return None
-    return Section(key="flips", title="Samples that flipped", text=" ".join(said), tables=tuple(tables))
+    title = "Samples that flipped" if said else "Samples that got worse"
+    return Section(key="flips", title=title, text=" ".join(said), tables=tuple(tables))
+
+
+def spread(flips: Sequence[Flip]) -> list[Flip]:
+    """Return at most `FLIPS_SHOWN` of `flips`, evenly spread: data are often sorted by class."""
+    n = len(flips)
+    return [flips[k * n // FLIPS_SHOWN] for k in range(FLIPS_SHOWN)] if n > FLIPS_SHOWN else list(flips)
+
+
+def _grown(review: Review, judged: Judged) -> list[Table]:
+    """Return the samples of a regression whose error grew most."""
+    samples = judged.source.report.samples
+    errors = samples.values.get("absolute_error")
+    if errors is None:
+        return []
+    rows = sorted(zip(samples.index, errors.baseline, errors.candidate, strict=True), key=lambda r: (r[1] - r[2], r[0]))
+    worse = [r for r in rows if r[2] > r[1]]
+    shown = tuple((str(i), number(a), number(b), number(b - a)) for i, a, b in worse[:FLIPS_SHOWN])
+    if not shown:
+        return []
+    return [
+        Table(
+            title=f"Samples whose error grows most with {cut(judged.label, 60)}",
+            header=("sample", "float's error", "candidate's error", "growth"),
+            rows=shown,
+            right=frozenset(range(4)),
+            more=rest_of(len(worse), FLIPS_SHOWN, "sample"),
+            aside=judged is not review.judged,
+        )
+    ]
 
 
 def ranges(review: Review) -> Section | None:
@@ -135,7 +167,7 @@ def ranges(review: Review) -> Section | None:
         if found is None:
             continue
         rest = [f.tensor for f in found.fits[RANGES_SHOWN:]]
-        more = f" Not drawn: {listed(rest, 8)}." if rest else ""
+        more = f" Not shown: {listed(rest, 8)}." if rest else ""
         said.append(f"{cut(c.label, 60)}, calibrated on {count(found.samples, 'sample')}.{more}")
         rows = tuple(_range(f) for f in found.fits[:RANGES_SHOWN])
         title = f"Ranges of {cut(c.label, 60)}, worst first"

@@ -12,6 +12,7 @@ from qcore.review.facts import Review
 from qcore.review.measured import RANGES_SHOWN
 from qcore.review.sections import sections
 from qcore.review.source import RangeFit
+from qcore.review.tables import subject_first
 from qcore.review.wording import KIB, MIB, cut
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -50,10 +51,16 @@ def to_html(review: Review) -> str:
         review=review,
         sections=sections(review),
         figures=_figures(review),
-        letters=[(letter(k), k % 6, cut(c.label, 80)) for k, c in enumerate(review.candidates)],
+        letters={"trade": _letters(review, False), "layers": _letters(review, True)},
         badges=BADGES,
         versions=review.judged.source.report.qcore_version,
     )
+
+
+def _letters(review: Review, with_layers: bool) -> list[tuple[str, int, str]]:
+    """Return letter, colour and name of each candidate, or of those with a layer report."""
+    named = enumerate(review.candidates)
+    return [(letter(k), k % 6, cut(c.label, 80)) for k, c in named if c.source.layers or not with_layers]
 
 
 def _figures(review: Review) -> Mapping[str, tuple[Figure, ...]]:
@@ -81,9 +88,10 @@ def _figures(review: Review) -> Mapping[str, tuple[Figure, ...]]:
             "themselves. Dashed: the limits, 20 dB for a layer alone and 12 dB accumulated."
         )
         found["layers"] = (Figure(svg=layers_plot(given), caption=caption),)
-    fits = [(c.label, f) for c in review.candidates if c.source.ranges for f in c.source.ranges.fits[:RANGES_SHOWN]]
-    if fits:
-        found["ranges"] = tuple(Figure(svg=range_plot(f), caption=_caption(label, f)) for label, f in fits)
+    drawn = next((c for c in subject_first(review) if c.source.ranges is not None), None)
+    if drawn is not None and drawn.source.ranges is not None:
+        fits = drawn.source.ranges.fits[:RANGES_SHOWN]
+        found["ranges"] = tuple(Figure(svg=range_plot(f), caption=_caption(drawn.label, f)) for f in fits)
     return found
 
 

@@ -17,6 +17,7 @@ class Table:
     """A titled table of text; every row has as many cells as the header, and columns in `right` hold numbers.
 
     `more` says how much is not in it. `aside`: it is about another candidate than the one that the verdict is about.
+    `over` are titles over several columns, each with their number; then `header` repeats them in front of `: `.
     """
 
     title: str
@@ -25,6 +26,7 @@ class Table:
     right: frozenset[int] = frozenset()
     more: str = ""
     aside: bool = False
+    over: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

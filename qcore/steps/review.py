@@ -1,6 +1,6 @@
 """The review on files: reports, decisions and what else is known about the candidates in; page, Markdown, JSON out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,13 +55,15 @@ def review_paths(out: Path) -> ReviewFiles:
     return ReviewFiles(page=out / PAGE, markdown=out / TEXT, facts=out / FACTS)
 
 
-def review(*, reports: Mapping[str, Path], out: ReviewFiles, beside: Beside | None = None, title: str = "") -> "Review":
+def review(
+    *, reports: Sequence[tuple[str, Path]], out: ReviewFiles, beside: Beside | None = None, title: str = ""
+) -> "Review":
     """Return the review of all candidates, written to `out`.
 
     The decisions' signatures are not checked here: nothing is released by a review.
 
     Args:
-        reports: evaluation reports by the name of their candidate.
+        reports: the name of each candidate, and its evaluation report.
         out: the three files.
         beside: what else is known.
         title: what the model is called; default: what a layer report calls the float model, else its digest.
@@ -79,9 +81,9 @@ def review(*, reports: Mapping[str, Path], out: ReviewFiles, beside: Beside | No
 
     given = beside or Beside()
     for path in (out.page, out.markdown, out.facts):
-        refuse_overwrite(path, *reports.values(), *given.paths(), data=given.data)
+        refuse_overwrite(path, *(p for _, p in reports), *given.paths(), data=given.data)
     candidates = _candidates(reports, given)
-    classes = {} if given.data is None else _class_names(given.data, candidates[0])
+    classes = {} if given.data is None else class_names(given.data, candidates[0].report.data.name)
     found = review_of(Sources(candidates=candidates, title=title, classes=classes))
     page, text = to_html(found).encode(), to_markdown(found, rest=PAGE).encode()
     write_json(out.facts, to_json(found))
@@ -90,13 +92,19 @@ def review(*, reports: Mapping[str, Path], out: ReviewFiles, beside: Beside | No
     return found
 
 
-def _candidates(reports: Mapping[str, Path], given: Beside) -> "tuple[Candidate, ...]":
+def _candidates(reports: Sequence[tuple[str, Path]], given: Beside) -> "tuple[Candidate, ...]":
     """Return the candidates with what each file says about them."""
     from qcore.review.read import load_layers, load_parity, load_summary
     from qcore.review.source import Candidate, shown_name
     from qcore.steps.judgement import load_report
 
-    made = {name: Candidate(name=name, report=load_report(path)) for name, path in reports.items()}
+    names = [name for name, _ in reports]
+    if not reports or len(set(names)) < len(names):
+        raise DataError(
+            f"candidates are called {', '.join(map(shown_name, names)) or 'nothing: there is no report'}; "
+            "allowed: one or more evaluation reports, each with a name of its own"
+        )
+    made = [Candidate(name=name, report=load_report(path)) for name, path in reports]
     tables = _tables(given)
     attached: list[tuple[str, Path, Any]] = [
         *(("decision", p, _load_decision(p)) for p in given.evidence),
@@ -106,18 +114,25 @@ def _candidates(reports: Mapping[str, Path], given: Beside) -> "tuple[Candidate,
         *(("ranges", p, _load_ranges(p, tables)) for p in given.models),
         *(("package", p, _load_package(p)) for p in given.packages),
     ]
-    names = {c.report.model.sha256: name for name, c in made.items()}
     for kind, path, item in attached:
-        name = names.get(item.model_sha256)
-        if name is None:
-            raise DataError(
-                f"{path} is about model {item.model_sha256[:12]}, the reports are about "
-                f"{', '.join(d[:12] for d in names)}; pass the report of that model too, or leave this file out"
-            )
-        if getattr(made[name], kind) is not None:
-            raise DataError(f"{path} is the second {kind} about candidate {shown_name(name)}; pass one")
-        made[name] = replace(made[name], **{kind: item})
-    return tuple(made.values())
+        place = _place_of(kind, path, item, made)
+        made[place] = replace(made[place], **{kind: item})
+    return tuple(made)
+
+
+def _place_of(kind: str, path: Path, item: Any, made: "Sequence[Candidate]") -> int:
+    """Return the position of the candidate that `item` from `path` is about and that has no such `kind` yet."""
+    about = [k for k, c in enumerate(made) if c.report.model.sha256 == item.model_sha256]
+    if not about:
+        raise DataError(
+            f"{path} is about model {item.model_sha256[:12]}, the reports are about "
+            f"{', '.join(c.report.model.sha256[:12] for c in made)}; pass the report of that model, too, or leave "
+            "this file out"
+        )
+    free = [k for k in about if getattr(made[k], kind) is None]
+    if not free:
+        raise DataError(f"{path} is the second {kind} about model {item.model_sha256[:12]}; pass one")
+    return free[0]
 
 
 def _load_decision(path: Path) -> "GateDecision":
@@ -169,19 +184,23 @@ def _load_ranges(path: Path, tables: "Sequence[CalibrationTable]") -> "Ranges":
     )
 
 
-def _class_names(path: Path, candidate: "Candidate") -> dict[int, str]:
-    """Return the names of the classes by number, from the data card; none where it names none.
+def class_names(card: Path, data: str) -> dict[int, str]:
+    """Return the names of the classes by number, from a data card; none where it names none.
+
+    Args:
+        card: the data card, or a folder with exactly one.
+        data: what the reports call their data.
 
     Raises:
         DataError: it is the card of other data.
     """
     from qcore.data.card import load_card
-    from qcore.data.images import class_names
+    from qcore.data.images import class_names as names_in
 
-    card, folder, file = load_card(path)
-    if card.name != candidate.report.data.name:
+    loaded, folder, file = load_card(card)
+    if loaded.name != data:
         raise DataError(
-            f"data card {file} is of {card.name}, the reports are of {candidate.report.data.name[:60]}; pass the card "
-            "that they were made with"
+            f"data card {file} is of {loaded.name}, the reports are of {data[:60]}; pass the card that they were "
+            "made with"
         )
-    return dict(enumerate(class_names(card, folder)))
+    return dict(enumerate(names_in(loaded, folder)))

@@ -60,6 +60,13 @@ def track_decision(tracker: Tracker, decision: GateDecision, files: VerdictFiles
         tracker.artifact(path, "report", name=name, on="parent")
 
 
+def track_review(tracker: Tracker, *, page: Path, markdown: Path, facts: Path) -> None:
+    """Make the Markdown of a review the description of the parent run, and keep all three forms there."""
+    tracker.note(markdown.read_text(encoding="utf-8"))
+    for path, name in ((page, "review.html"), (markdown, "review.md"), (facts, "review.json")):
+        tracker.artifact(path, "report", name=name, on="parent")
+
+
 def summary_metrics(report: EvaluationReport, decision: GateDecision) -> dict[str, float]:
     """Return the numbers that runs are compared by: quality as fractions of 1, latency in ms, sizes in bytes.
 

@@ -14,7 +14,7 @@ import pytest
 from kfp import dsl
 
 from qcore import components, demo
-from qcore.components import calibrate, evaluate, gate, package, prune, publish, quantize
+from qcore.components import calibrate, evaluate, gate, package, prune, publish, quantize, review
 from qcore.components.images import IMAGE
 from qcore.demo.make_data import write_digits
 from qcore.errors import GateRefused, ModelError
@@ -32,6 +32,7 @@ COMPONENTS = (
     quantize,
     evaluate,
     gate,
+    review,
     package,
     publish,
 )
@@ -94,6 +95,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             data=data,
             report=out("report"),
             metrics=out("metrics", dsl.Metrics),
+            confusion=out("confusion", dsl.ClassificationMetrics),
         )
         outcome = gate.python_func(
             report=made["report"],
@@ -102,6 +104,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             decision_html=out("html", dsl.HTML),
             key=str(folder / "keys" / "gate.pem"),
             policy=POLICY,
+        )
+        review.python_func(
+            report=made["report"],
+            page=out("page", dsl.HTML),
+            text=out("text", dsl.Markdown),
+            facts=out("facts"),
+            evidence=made["evidence"],
+            summary=made["quantization"],
+            candidate=made["quantized"],
+            table=made["table"],
+            data=data,
+            name="int8",
         )
         package.python_func(
             model=made["quantized"],
@@ -134,6 +148,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         ("quantized", "onnx"),
         ("report", "qcore-evaluation"),
         ("evidence", "qcore-evidence"),
+        ("facts", "qcore-review"),
         ("package", "qpkg"),
         ("release", "qcore-release"),
     ],
@@ -149,6 +164,29 @@ def test_metrics_are_the_reports_numbers(world: World) -> None:
     metrics = world.artifacts["metrics"].metadata
     assert all(isinstance(v, float) and math.isfinite(v) for v in metrics.values())
     assert metrics == {**report.metrics, "latency_p50_ms": report.model.latency_ms.p50, "n": report.n}
+
+
+def test_the_confusion_matrix_counts_every_sample(world: World) -> None:
+    report = report_from_json(json.loads(world.path("report").read_bytes()))
+    matrix = world.artifacts["confusion"].metadata["confusionMatrix"]
+    rows = [row["row"] for row in matrix["rows"]]
+    assert len(rows) == len(matrix["annotationSpecs"]) == 10
+    assert sum(map(sum, rows)) == report.n
+    assert sum(rows[k][k] for k in range(10)) == round(report.metrics["top1"] * report.n)
+
+
+def test_the_review_tells_what_the_chain_made(world: World) -> None:
+    facts = json.loads(world.path("facts").read_bytes())
+    (candidate,) = facts["candidates"]
+    assert facts["outcome"] == world.outcome
+    assert candidate["digests"]["candidate"] == sha256_file(world.path("quantized"))
+    assert candidate["summary"]["recipe"] == "int8"
+    assert candidate["ranges"]["fits"]
+    assert facts["verdict"] in world.path("page").read_text()
+    notes = [
+        x.values["mlflow.note.content"] for x in world.journals["review"] if isinstance(x, Tags) and x.on == "parent"
+    ]
+    assert notes == [world.path("text").read_text()]
 
 
 def test_the_gate_returns_the_outcome_that_it_signed(world: World) -> None:

@@ -1,5 +1,6 @@
 """What a review says follows from the reports: counted again here, another way; and what does not belong is refused."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,8 @@ from reviewing import classified, drawn, everything, regression
 
 from qcore.errors import DataError
 from qcore.gate import ErrorLimit, GatePolicy, MetricLimit, decide
-from qcore.review.facts import costs, digests, review
+from qcore.review.confusion import FEW, OTHERS, WORST, confusion_matrix, log_confusion
+from qcore.review.facts import costs, digests, may_override, review, waived
 from qcore.review.source import Candidate, Sources, one_candidate
 
 few = st.integers(0, 3)
@@ -127,3 +129,54 @@ def test_costs_hold_every_number_that_a_report_holds_about_a_model():
     assert found["latency_p50_ms"] == (1.0, 0.5)
     assert found["latency_runs"] == (20, 20)
     assert found["size_bytes"] == (100_000, 25_000)
+
+
+def test_a_waiver_is_named_with_who_gave_it_for_what():
+    """The JSON form of a decision with waivers; a decision without the fields has none, and nobody may override."""
+    owner = {"name": "Ada", "key": "0" * 64}
+    waiver = {
+        "owner": owner,
+        "reason": "recall",
+        "issued": "2026-01-01T00:00:00Z",
+        "expires": "2026-01-09T00:00:00Z",
+        "checks": [{"name": "latency_ratio"}],
+    }
+    value = {
+        "waivers": [{"waiver": waiver}],
+        "override": {"owners": [owner], "checks": ["latency_ratio"], "max_days": 9},
+    }
+    (found,) = waived(value)
+    assert (found.who, found.reason, found.checks) == ("Ada", "recall", ("latency_ratio",))
+    assert may_override(value) == "Ada may waive latency_ratio by a signed waiver, each for at most 9 days."
+    plain = everything("a", drawn()).decision.to_json()
+    assert waived(plain) == ()
+    assert may_override(plain).startswith("Nobody may override")
+
+
+@given(st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, max_size=300))
+def test_the_confusion_matrix_loses_no_sample(rows):
+    label, ours = (np.array(c) for c in zip(*rows, strict=True))
+    report = classified(label, label, ours)
+    names, matrix = confusion_matrix(report, {0: "cat"})
+    assert len(names) == len(matrix) == len(set(names))
+    assert {len(row) for row in matrix} == {len(names)}
+    assert sum(map(sum, matrix)) == len(rows)
+    classes = set(label) | set(ours)
+    assert len(names) == (len(classes) if len(classes) <= FEW else WORST + 1)
+    wrong = Counter(label[label != ours].tolist())
+    for k, name in enumerate(names):
+        if name != OTHERS:
+            number = int(name.split()[0])
+            assert matrix[k][k] == int(((label == number) & (ours == number)).sum())
+            assert sum(matrix[k]) - matrix[k][k] == wrong[number]
+    if names[-1] == OTHERS:
+        shown = {int(name.split()[0]) for name in names[:-1]}
+        assert min(wrong[k] for k in shown) >= max(wrong[k] for k in classes - shown)
+
+
+def test_without_classes_there_is_no_confusion_matrix():
+    class Nothing:
+        def log_confusion_matrix(self, categories, matrix):
+            raise AssertionError(categories)
+
+    log_confusion(Nothing(), classified(None, [0, 1], [0, 1]), {})

@@ -176,3 +176,9 @@ def test_letters_and_colours_do_not_run_out():
     many = tuple(Candidate(name=f"c{k}", report=drawn(n=30, seed=k, model=f"{k:064x}")) for k in range(30))
     page = Page(to_html(review(Sources(candidates=many)))).text
     assert "A1 c26" in page
+
+
+def test_a_regression_shows_the_samples_whose_error_grew_most():
+    found = review(one_candidate(regression([1.0, 1.0, 1.0], [0.5, 4.0, 2.0]), None))
+    (section,) = (s for s in sections(found) if s.key == "flips")
+    assert [row[0] for row in section.tables[0].rows] == ["1", "2"]

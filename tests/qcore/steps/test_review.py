@@ -30,7 +30,7 @@ def files(tmp_path):
 
 
 def reports(folder):
-    return {name: folder / f"{name}.json" for name in ("ptq", "qat")}
+    return [(name, folder / f"{name}.json") for name in ("ptq", "qat")]
 
 
 def test_files_find_their_candidate_whatever_their_order(files):
@@ -49,8 +49,8 @@ def test_files_find_their_candidate_whatever_their_order(files):
 
 def test_what_does_not_belong_is_refused_and_nothing_is_written(files):
     out, whole = review_paths(files / "out"), reports(files)
-    only = {"ptq": whole["ptq"]}
-    (files / "damaged.json").write_bytes(whole["ptq"].read_bytes()[:-20])
+    only = whole[:1]
+    (files / "damaged.json").write_bytes(whole[0][1].read_bytes()[:-20])
     table = calibrate([(1, {})], model_sha256=A, data_sha256=C)
     save_table(table, files / "table")
     cases = [
@@ -59,10 +59,11 @@ def test_what_does_not_belong_is_refused_and_nothing_is_written(files):
         (only, Beside(evidence=[files / "none"]), GateRefused, "cannot be read"),
         (only, Beside(data=files / "other.yaml"), DataError, "is of others, the reports are of parts"),
         (only, Beside(tables=[files / "table"]), ConfigError, "tables are given without"),
-        (only, Beside(layers=[whole["qat"]]), DataError, "is not a layer report"),
-        ({"x": files / "damaged.json"}, None, GateRefused, "is not an evaluation report"),
-        ({"x": files / "none.json"}, None, GateRefused, "does not exist"),
-        ({}, None, DataError, "no candidate"),
+        (only, Beside(layers=[whole[1][1]]), DataError, "is not a layer report"),
+        ([("x", files / "damaged.json")], None, GateRefused, "is not an evaluation report"),
+        ([("x", files / "none.json")], None, GateRefused, "does not exist"),
+        ([], None, DataError, "there is no report"),
+        ([whole[0], ("ptq", whole[1][1])], None, DataError, "each with a name of its own"),
     ]
     for given, beside, error, says in cases:
         with pytest.raises(error, match=says) as caught:
@@ -75,4 +76,4 @@ def test_an_input_is_never_an_output(files):
     out = review_paths(files)
     (files / "review.json").write_bytes((files / "ptq.json").read_bytes())
     with pytest.raises(ConfigError, match="is also an input"):
-        review(reports={"ptq": files / "review.json"}, out=out)
+        review(reports=[("ptq", files / "review.json")], out=out)
