@@ -17,7 +17,7 @@ from qcore import components, demo
 from qcore.components import calibrate, evaluate, gate, package, prune, publish, quantize, review
 from qcore.components.images import IMAGE
 from qcore.demo.make_data import write_digits
-from qcore.errors import GateRefused, ModelError
+from qcore.errors import DataError, GateRefused, ModelError
 from qcore.files import sha256_file
 from qcore.release.evidence import verify_evidence
 from qcore.release.keys import create_keys, load_keys
@@ -187,6 +187,17 @@ def test_the_review_tells_what_the_chain_made(world: World) -> None:
         x.values["mlflow.note.content"] for x in world.journals["review"] if isinstance(x, Tags) and x.on == "parent"
     ]
     assert notes == [world.path("text").read_text()]
+
+
+def test_two_candidates_are_reviewed_side_by_side(world: World, tmp_path: Path) -> None:
+    outputs = {name: dsl.Artifact(name=name, uri=str(tmp_path / name)) for name in ("page", "text", "facts")}
+    report = world.artifacts["report"]
+    review.python_func(report=report, other_report=report, name="ptq", other_name="qat", **outputs)
+    facts = json.loads((tmp_path / "facts").read_bytes())
+    assert [c["name"] for c in facts["candidates"]] == ["ptq", "qat"]
+    assert facts["outcome"] == "not judged"
+    with pytest.raises(DataError, match="name of its own"):
+        review.python_func(report=report, other_report=report, name="x", other_name="x", **outputs)
 
 
 def test_the_gate_returns_the_outcome_that_it_signed(world: World) -> None:
