@@ -19,6 +19,7 @@ from qcore.components.prune import prune
 from qcore.components.prune_channels import prune_channels
 from qcore.components.publish import publish
 from qcore.components.quantize import quantize
+from qcore.components.review import review
 
 __all__ = [
     "calibrate",
@@ -37,4 +38,5 @@ __all__ = [
     "prune_channels",
     "publish",
     "quantize",
+    "review",
 ]

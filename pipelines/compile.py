@@ -26,6 +26,7 @@ from qcore.components.prune import prune
 from qcore.components.prune_channels import prune_channels
 from qcore.components.publish import publish
 from qcore.components.quantize import quantize
+from qcore.components.review import review
 from qcore.files import write_atomic
 from qcore.pipelines.calibrate_sharded import calibrate_sharded
 from qcore.pipelines.evaluate_sharded import evaluate_sharded
@@ -49,6 +50,7 @@ SOURCES: dict[str, Any] = {
             merge_reports,
             parity,
             gate,
+            review,
             package,
             publish,
         )

@@ -30,7 +30,7 @@ from qcore.tracking.journal import End, Journal, now_ms
 from qcore.tracking.tracker import Tracker
 from qcore.tracking.uploader import Uploaded, Uploader
 
-TASKS = ("prune", "calibrate", "quantize", "evaluate", "package", "parity", "gate", "publish")
+TASKS = ("prune", "calibrate", "quantize", "evaluate", "package", "parity", "gate", "review", "publish")
 """The tasks of `release` in the order in which they run."""
 
 POLL_S = 0.1

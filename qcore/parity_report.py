@@ -119,6 +119,11 @@ class ParityReport:
                 raise _wrong(f"top1 of {c.name}", c.top1, "a share exactly where there is one as evaluated")
 
     @property
+    def model_sha256(self) -> Digest:
+        """The digest of the model file."""
+        return self.measured.model_sha256
+
+    @property
     def worst(self) -> ConditionResult | None:
         """The condition farthest from what was evaluated: least agreement, then least SQNR; None if all are equal."""
         apart = [c for c in self.conditions if c.verdict != "equal"]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _STYLE: Any = {  # the stubs of rc_context name every setting
     "svg.hashsalt": "qcore",
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names of people's layers may hold dollars
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,

@@ -12,6 +12,7 @@ def evaluate(
     data: dsl.Input[dsl.Dataset],
     report: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
+    confusion: dsl.Output[dsl.ClassificationMetrics],
     split: str = "evaluation",
     data_sha256: str = "",
     baseline_sha256: str = "",
@@ -26,6 +27,7 @@ def evaluate(
         data: Data-set card (YAML), or a folder holding exactly one.
         report: Evaluation report (JSON): per-sample results, metrics, costs, digests.
         metrics: The metrics and costs as numbers.
+        confusion: Confusion matrix of the candidate; of more than 50 classes the worst 20, the others as one.
         split: Name of the split of the card to read.
         data_sha256: Digest of the data; part of the cache key, so give another one when card or samples change.
         baseline_sha256: SHA-256 that the baseline file must have; part of the cache key. Empty: any file.
@@ -36,6 +38,7 @@ def evaluate(
 
     from qcore import steps
     from qcore.derived import cost_metrics
+    from qcore.review.confusion import log_confusion
     from qcore.tracking.facts import expect_champion, expect_model, file_facts
     from qcore.tracking.tracker import Tracker
 
@@ -54,5 +57,6 @@ def evaluate(
         )
         report.metadata.update(file_facts(out, "qcore-evaluation"))
         t.metrics({**result.metrics, **cost_metrics(result), "n": result.n}, kfp=metrics)
+        log_confusion(confusion, result, steps.class_names(Path(data.path), result.data.name))
         t.params({"data": result.data.name, "evaluation_split": split}, on="parent")
         t.artifact(out, name="report.json")

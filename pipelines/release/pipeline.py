@@ -15,6 +15,7 @@ from qcore.components.parity import parity
 from qcore.components.prune import prune
 from qcore.components.publish import publish
 from qcore.components.quantize import quantize
+from qcore.components.review import review
 
 KEYS = "/etc/qcore/keys"
 REPOSITORY = "/var/lib/qcore/repository"
@@ -83,6 +84,8 @@ def release(
     gated = tracked(gate(**judged, key=f"{keys}/gate.pem", policy=policy))
     kubernetes.use_secret_as_volume(gated, GATE_KEY_VOLUME, mount_path=KEYS)
     evidence = gated.outputs["evidence"]
+    made = {"candidate": candidate, "summary": quantized.outputs["summary"], "table": table}
+    tracked(review(**judged, evidence=evidence, data=data, name=recipe, **made))
 
     with dsl.If(gated.outputs["Output"] == "pass", name="passed"):
         published = publish(package=packed, evidence=evidence, repository=repository, keys=keys, channel=channel)

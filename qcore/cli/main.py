@@ -23,6 +23,7 @@ from qcore.cli import (
     parity,
     pipeline,
     repo,
+    review,
     tracking,
     training,
 )
@@ -52,6 +53,7 @@ app.command("lint")(lint.lint)
 app.command("evaluate")(evaluation.evaluate)
 app.command("merge-reports")(evaluation.merge_reports)
 app.command("parity")(parity.parity)
+app.command("review")(review.review)
 app.command("layers")(layers.layers)
 app.command("sensitivity")(layers.sensitivity)
 app.command("mixed")(layers.mixed)

@@ -49,14 +49,27 @@ def image_files(source: Path, card: DataCard, folder: Path) -> list[ImageFile]:
 
 def class_folders(card: DataCard, folder: Path) -> list[str]:
     """Return the folder name of each class in index order; empty where the card names none."""
-    if card.classes is None:
-        return []
-    if not isinstance(card.classes, str):
-        return list(card.classes)
-    path = folder / card.classes
+    if card.classes is None or not isinstance(card.classes, str):
+        return list(card.classes or ())
+    return [line.split()[0] for line in _class_list(card, folder)]
+
+
+def class_names(card: DataCard, folder: Path) -> list[str]:
+    """Return what people call each class, in index order: in a class list what follows the folder name, if anything.
+
+    Raises:
+        DataError: the class list is missing.
+    """
+    if card.classes is None or not isinstance(card.classes, str):
+        return list(card.classes or ())
+    return [" ".join(line.split()[1:]) or line.strip() for line in _class_list(card, folder)]
+
+
+def _class_list(card: DataCard, folder: Path) -> list[str]:
+    path = folder / str(card.classes)
     if not path.is_file():
         raise DataError(f"class list {path} of card {card.name} does not exist; check `classes`")
-    return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def read_image(path: Path, steps: tuple[Preprocess, ...]) -> NDArray[np.uint8]:

@@ -7,12 +7,14 @@ they are written with the operators of the same name of the domain com.microsoft
 """
 
 from collections.abc import Container
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcore.graph.edit import add_initializer, fresh_name
+from qcore.graph.traverse import constant_array
 from qcore.numerics.affine import Integers, QParams
 
 CONTRIB = "com.microsoft"
@@ -120,3 +122,34 @@ def _parameters(graph: ir.Graph, name: str, q: QParams) -> tuple[ir.Value, ir.Va
         return scale, None
     zero = q.zero_point.astype("int8" if q.dtype == "int4" else q.dtype)
     return scale, add_initializer(graph, f"{name}_zero_point", _stored(zero, q))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationRange:
+    """The reals that the lowest and highest level of an activation quantizer stand for, and the step between levels."""
+
+    low: float
+    high: float
+    step: float
+
+
+def activation_ranges(model: ir.Model) -> dict[str, ActivationRange]:
+    """Return the range of every QuantizeLinear with constant parameters for the whole tensor, by its input's name.
+
+    Levels are those of the dtype of the zero point, uint8 without one; activations of 4 bits are left out.
+    """
+    ranges = {}
+    for node in model.graph:
+        if not is_quantize(node) or node.inputs[0] is None:
+            continue
+        scale = constant_array(node.inputs[1])
+        given = node.inputs[2] if len(node.inputs) > 2 else None
+        zero = np.zeros((), np.uint8) if given is None else constant_array(given)
+        if scale is None or zero is None or scale.size != 1 or zero.size != 1:
+            continue
+        step, middle, dtype = float(scale.reshape(())), int(zero.reshape(())), zero.dtype
+        if dtype.kind not in "iu":
+            continue
+        low, high = (step * (level - middle) for level in (np.iinfo(dtype).min, np.iinfo(dtype).max))
+        ranges[str(node.inputs[0].name)] = ActivationRange(low=low, high=high, step=step)
+    return ranges

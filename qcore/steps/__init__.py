@@ -41,6 +41,11 @@ from qcore.steps.reduction import prune as prune
 from qcore.steps.reduction import prune_channels as prune_channels
 from qcore.steps.release import package as package
 from qcore.steps.release import publish as publish
+from qcore.steps.review import Beside as Beside
+from qcore.steps.review import ReviewFiles as ReviewFiles
+from qcore.steps.review import class_names as class_names
+from qcore.steps.review import review as review
+from qcore.steps.review import review_paths as review_paths
 from qcore.steps.search import sensitivity as sensitivity
 from qcore.steps.tries import journal_path as journal_path
 from qcore.steps.tries import models_path as models_path

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcore.files import write_atomic
-from qcore.report import GateDecision
+from qcore.report import EvaluationReport, GateDecision
 from qcore.report_file import report_from_json
-from qcore.tracking.review import review, summary_metrics, to_html, to_markdown
+from qcore.review.facts import review
+from qcore.review.markdown import to_markdown
+from qcore.review.source import one_candidate
 from qcore.tracking.tracker import Tracker
 
 
@@ -27,9 +29,11 @@ def track_decision(tracker: Tracker, decision: GateDecision, files: VerdictFiles
     Raises:
         GateRefused: the report is not one that `qcore evaluate` wrote.
     """
+    from qcore.review.page import to_html  # plots: not for tasks that only track
+
     report = report_from_json(json.loads(files.report.read_bytes()))
-    content = review(report, decision)
-    text = to_markdown(content)
+    content = review(one_candidate(report, decision))
+    text = to_markdown(content, rest="report/report.html")
     write_atomic(files.markdown, text.encode())
     write_atomic(files.html, to_html(content).encode())
     tracker.note(text)
@@ -56,3 +60,27 @@ def track_decision(tracker: Tracker, decision: GateDecision, files: VerdictFiles
         (files.evidence, "evidence.json"),
     ):
         tracker.artifact(path, "report", name=name, on="parent")
+
+
+def track_review(tracker: Tracker, *, page: Path, markdown: Path, facts: Path) -> None:
+    """Make the Markdown of a review the description of the parent run, and keep all three forms there."""
+    tracker.note(markdown.read_text(encoding="utf-8"))
+    for path, name in ((page, "review.html"), (markdown, "review.md"), (facts, "review.json")):
+        tracker.artifact(path, "report", name=name, on="parent")
+
+
+def summary_metrics(report: EvaluationReport, decision: GateDecision) -> dict[str, float]:
+    """Return the numbers that runs are compared by: quality as fractions of 1, latency in ms, sizes in bytes.
+
+    `top1_delta_lower` is the confidence bound that the gate used; it is left out where no check limits the drop.
+    """
+    bounds = {c.name: c.bound for c in decision.checks}
+    values = {
+        **{k: report.metrics[k] for k in ("top1", "baseline_top1", "top1_delta", "agreement") if k in report.metrics},
+        "size_bytes": float(report.model.size_bytes),
+        "size_ratio": report.model.size_bytes / report.baseline.size_bytes,
+        "latency_p50_ms": report.model.latency_ms.p50,
+        "baseline_latency_p50_ms": report.baseline.latency_ms.p50,
+    }
+    lower = bounds.get("top1_drop")
+    return values if lower is None else {**values, "top1_delta_lower": lower}

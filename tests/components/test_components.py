@@ -14,11 +14,11 @@ import pytest
 from kfp import dsl
 
 from qcore import components, demo
-from qcore.components import calibrate, evaluate, gate, package, parity, prune, publish, quantize
+from qcore.components import calibrate, evaluate, gate, package, parity, prune, publish, quantize, review
 from qcore.components.images import IMAGE
 from qcore.demo.make_data import write_digits
 from qcore.derived import cost_metrics
-from qcore.errors import GateRefused, ModelError
+from qcore.errors import DataError, GateRefused, ModelError
 from qcore.files import sha256_file
 from qcore.release.evidence import verify_evidence
 from qcore.release.keys import create_keys, load_keys
@@ -35,6 +35,7 @@ COMPONENTS = (
     evaluate,
     package,
     gate,
+    review,
     publish,
 )
 """The chain."""
@@ -96,6 +97,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             data=data,
             report=out("report"),
             metrics=out("metrics", dsl.Metrics),
+            confusion=out("confusion", dsl.ClassificationMetrics),
         )
         package.python_func(
             model=made["quantized"], data=data, package=out("package"), family="digits", version="1.0.0"
@@ -108,6 +110,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             decision_html=out("html", dsl.HTML),
             key=str(folder / "keys" / "gate.pem"),
             policy=POLICY,
+        )
+        review.python_func(
+            report=made["report"],
+            page=out("page", dsl.HTML),
+            text=out("text", dsl.Markdown),
+            facts=out("facts"),
+            evidence=made["evidence"],
+            summary=made["quantization"],
+            candidate=made["quantized"],
+            table=made["table"],
+            package=made["package"],
+            data=data,
+            name="int8",
         )
         publish.python_func(
             package=made["package"],
@@ -132,6 +147,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         ("quantized", "onnx"),
         ("report", "qcore-evaluation"),
         ("evidence", "qcore-evidence"),
+        ("facts", "qcore-review"),
         ("package", "qpkg"),
         ("release", "qcore-release"),
     ],
@@ -148,6 +164,40 @@ def test_metrics_are_the_reports_numbers(world: World) -> None:
     assert all(isinstance(v, float) and math.isfinite(v) for v in metrics.values())
     assert metrics == {**report.metrics, **cost_metrics(report), "n": report.n}
     assert {"latency_ratio_high", "latency_all_cores_p50_ms", "cold_start_p50_ms", "package_bytes"} <= set(metrics)
+
+
+def test_the_confusion_matrix_counts_every_sample(world: World) -> None:
+    report = report_from_json(json.loads(world.path("report").read_bytes()))
+    matrix = world.artifacts["confusion"].metadata["confusionMatrix"]
+    rows = [row["row"] for row in matrix["rows"]]
+    assert len(rows) == len(matrix["annotationSpecs"]) == 10
+    assert sum(map(sum, rows)) == report.n
+    assert sum(rows[k][k] for k in range(10)) == round(report.metrics["top1"] * report.n)
+
+
+def test_the_review_tells_what_the_chain_made(world: World) -> None:
+    facts = json.loads(world.path("facts").read_bytes())
+    (candidate,) = facts["candidates"]
+    assert facts["outcome"] == world.outcome
+    assert candidate["digests"]["candidate"] == sha256_file(world.path("quantized"))
+    assert candidate["summary"]["recipe"] == "int8"
+    assert candidate["ranges"]["fits"]
+    assert facts["verdict"] in world.path("page").read_text()
+    notes = [
+        x.values["mlflow.note.content"] for x in world.journals["review"] if isinstance(x, Tags) and x.on == "parent"
+    ]
+    assert notes == [world.path("text").read_text()]
+
+
+def test_two_candidates_are_reviewed_side_by_side(world: World, tmp_path: Path) -> None:
+    outputs = {name: dsl.Artifact(name=name, uri=str(tmp_path / name)) for name in ("page", "text", "facts")}
+    report = world.artifacts["report"]
+    review.python_func(report=report, other_report=report, name="ptq", other_name="qat", **outputs)
+    facts = json.loads((tmp_path / "facts").read_bytes())
+    assert [c["name"] for c in facts["candidates"]] == ["ptq", "qat"]
+    assert facts["outcome"] == "not judged"
+    with pytest.raises(DataError, match="name of its own"):
+        review.python_func(report=report, other_report=report, name="x", other_name="x", **outputs)
 
 
 def test_the_gate_returns_the_outcome_that_it_signed(world: World) -> None:
@@ -209,6 +259,7 @@ def test_a_champion_and_parity_reach_the_gate(world: World, tmp_path: Path) -> N
     candidate, data = world.artifacts["quantized"], world.artifacts["data"]
     measured, elsewhere = out("report"), out("parity")
     named = {"candidate": candidate, "baseline": world.artifacts["model"], "data": data}
+    named["confusion"] = out("confusion", dsl.ClassificationMetrics)
     metrics = out("metrics", dsl.Metrics)
     evaluate.python_func(**named, report=measured, metrics=metrics, champion=str(MODEL))
     assert metrics.metadata["champion_top1"] == metrics.metadata["baseline_top1"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qcore import steps
+from qcore.files import write_json
 from qcore.runtime.ort import optimized_ops
 
 FLOAT_KERNELS = {"Conv", "FusedConv", "ConvInteger"}
@@ -39,9 +40,37 @@ def test_a_real_model_goes_through_the_pipeline_to_a_device(bench, tmp_path):
     facts = json.loads(done.stdout)
     assert facts["outcome"] == "pass"
     assert facts["decision"]["n"] == 10_000
-    assert [t["state"] for t in facts["tasks"]] == ["done"] * 7
+    assert [t["state"] for t in facts["tasks"]] == ["done"] * 8
     assert facts["device"]["model_sha256"] == facts["decision"]["model_sha256"] == facts["release"]["model_sha256"]
     assert (Path(facts["device"]["slot"]) / "model.onnx").is_file()
+
+
+@pytest.mark.slow
+def test_a_real_model_is_reviewed_with_all_that_is_known(bench, tmp_path):
+    model, data, out = bench / "models/resnet8_cifar10.onnx", bench / "cifar10.yaml", tmp_path / "int8.onnx"
+    write_json(tmp_path / "summary.json", steps.compress(model=model, data=data, out=out).to_json())
+    steps.calibrate(model=model, data=data, out=tmp_path / "table.json")
+    steps.evaluate(candidate=out, baseline=model, data=data, out=tmp_path / "report.json")
+    steps.layers(model=out, baseline=model, data=data, out=tmp_path / "layers.html")
+    steps.parity(model=out, data=data, out=tmp_path / "parity.json", samples=8)
+    beside = steps.Beside(
+        summaries=[tmp_path / "summary.json"],
+        layers=[tmp_path / "layers.json"],
+        parity=[tmp_path / "parity.json"],
+        models=[out],
+        tables=[tmp_path / "table.json"],
+        data=data,
+    )
+    files = steps.review_paths(tmp_path / "review")
+    found = steps.review(reports=[("ptq", tmp_path / "report.json")], out=files, beside=beside)
+    assert found.title == "resnet8_cifar10.onnx"
+    source = found.judged.source
+    assert len(source.ranges.fits) >= 14  # every activation that is quantized
+    assert all(20 < fit.sqnr_db < 60 for fit in source.ranges.fits)
+    report = source.report
+    assert len(found.judged.flips.right_to_wrong) == report.paired.only_baseline_right
+    assert "3 cat" in files.page.read_text()
+    assert files.page.stat().st_size < 500_000
 
 
 @pytest.mark.slow

@@ -170,7 +170,17 @@ def test_the_tracked_run_tells_the_story(both: Both) -> None:
     assert parent.data.metrics["package_bytes"] == both.passed.run.package.stat().st_size
     assert parent.data.params["recipe"] == "int8"
     assert {a.path for a in client.list_artifacts(run_id, "report")} == {
-        f"report/{name}" for name in ("report.json", "report.html", "gate.md", "evidence.json", "release.json")
+        f"report/{name}"
+        for name in (
+            "report.json",
+            "report.html",
+            "gate.md",
+            "evidence.json",
+            "review.html",
+            "review.md",
+            "review.json",
+            "release.json",
+        )
     }
     children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
     assert {c.info.run_name for c in children} == set(TASKS)
