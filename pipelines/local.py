@@ -122,8 +122,8 @@ def run_release(
     uploaded = Uploaded(run_id=None, url=None, problem=None)
     try:
         with tracker:
-            tracker.params({"family": arguments.family, "version": arguments.version, "channel": arguments.channel})
-            tracker.params({"model": arguments.model.name, "sparsity": arguments.sparsity, "target": arguments.target})
+            tracker.params({k: request[k] for k in ("family", "version", "channel", "recipe", "target", "sparsity")})
+            tracker.params({"model": arguments.model.name})
             if uploader and tracker.journal.path:
                 uploader.offer(tracker.journal.path)
             _run_child(folder, env, watch, uploader)

@@ -42,4 +42,5 @@ def evaluate(
         report.metadata.update(file_facts(out, "qcore-evaluation"))
         t.metrics({**result.metrics, "latency_p50_ms": result.model.latency_ms.p50, "n": result.n}, kfp=metrics)
         t.params({"data": result.data.name, "evaluation_split": split}, on="parent")
+        t.dataset(f"{result.data.name}/{split}", result.data.sha256, "evaluation", source=data.uri)
         t.artifact(out, name="report.json")

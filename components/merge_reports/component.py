@@ -33,4 +33,5 @@ def merge_reports(
         t.params({"shards": len(parts)})
         t.metrics({**result.metrics, "latency_p50_ms": result.model.latency_ms.p50, "n": result.n}, kfp=metrics)
         t.params({"data": result.data.name, "evaluation_split": result.data.split}, on="parent")
+        t.dataset(f"{result.data.name}/{result.data.split}", result.data.sha256, "evaluation")
         t.artifact(out, name="report.json")

@@ -31,6 +31,7 @@ def package(
     from pathlib import Path
 
     from qcore import steps
+    from qcore.files import sha256_file
     from qcore.tracking.facts import file_facts
     from qcore.tracking.tracker import Tracker
 
@@ -41,4 +42,7 @@ def package(
         package.metadata.update(file_facts(out, "qpkg"))
         t.params({"family": family, "version": version, "target": target})
         t.metrics({"package_bytes": result.size_bytes}, on="parent")
-        t.tags({"qcore.package.sha256": result.sha256}, on="parent")
+        digests = {"model.sha256": sha256_file(Path(model.path)), "package.sha256": result.sha256}
+        t.tags({"package.sha256": result.sha256}, on="parent")
+        t.artifact(out, "release", name=f"{family}-{version}.qpkg", on="parent")
+        t.version(family, "release", f"{family} {version} for {target}", {**digests, "qcore.target": target})

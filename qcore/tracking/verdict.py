@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from qcore.canonical import Digest
 from qcore.files import write_atomic
 from qcore.report import GateDecision
 from qcore.report_file import report_from_json
@@ -38,6 +39,7 @@ def track_decision(tracker: Tracker, decision: GateDecision, files: VerdictFiles
         {"policy_sha256": decision.policy_sha256, "confidence": decision.confidence, "evaluation_samples": decision.n},
         on="parent",
     )
+    tracker.params({f"limit.{c.name}": c.limit for c in decision.checks}, on="parent")
     tags = {
         "qcore.gate": decision.outcome,
         "qcore.version": decision.qcore_version,
@@ -47,6 +49,7 @@ def track_decision(tracker: Tracker, decision: GateDecision, files: VerdictFiles
     }
     tracker.tags(tags, on="parent")
     tracker.tags({"qcore.gate": decision.outcome})
+    track_outcome(tracker, decision.outcome)
     for path, name in (
         (files.report, "report.json"),
         (files.html, "report.html"),
@@ -54,3 +57,21 @@ def track_decision(tracker: Tracker, decision: GateDecision, files: VerdictFiles
         (files.evidence, "evidence.json"),
     ):
         tracker.artifact(path, "report", name=name, on="parent")
+
+
+def track_outcome(tracker: Tracker, outcome: str) -> None:
+    """Tag the registered version with the gate's outcome; only a pass makes it the `candidate`."""
+    tracker.version_tags({"qcore.gate": outcome})
+    if outcome == "pass":
+        tracker.alias("candidate")
+
+
+def track_publication(tracker: Tracker, channel: str, counter: int, sha256: Digest) -> None:
+    """Say of the registered version where it was published, and make it the `champion`.
+
+    Publishing has verified the signed pass, so the outcome is said again: where packages are made behind the gate,
+    there was no version yet when the gate spoke.
+    """
+    track_outcome(tracker, "pass")
+    tracker.version_tags({"qcore.ota.channel": channel, "qcore.ota.counter": counter, "qcore.ota.sha256": sha256})
+    tracker.alias("champion", previous="previous_champion")

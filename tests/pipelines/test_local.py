@@ -140,11 +140,31 @@ def test_the_tracked_run_tells_the_story(both: Both) -> None:
     assert parent.data.metrics["package_bytes"] == both.passed.run.package.stat().st_size  # type: ignore[union-attr]
     assert parent.data.params["recipe"] == "int8"
     assert {a.path for a in client.list_artifacts(run_id, "report")} == {
-        f"report/{name}" for name in ("report.json", "report.html", "gate.md", "evidence.json", "release.json")
+        f"report/{name}" for name in ("report.json", "report.html", "gate.md", "evidence.json")
     }
+    released = {a.path for a in client.list_artifacts(run_id, "release")}
+    assert released == {"release/digits-1.0.0.qpkg", "release/release.json"}
+    assert parent.data.params["limit.top1_drop"] == "-0.05"
+    assert {"split_seed", "weight_bits", "activation_bits", "weights", "activations"} <= parent.data.params.keys()
+    used = {i.dataset.name: i.tags[0].value for i in parent.inputs.dataset_inputs}
+    assert used == {"digits/calibration": "calibration", "digits/evaluation": "evaluation"}
     children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
     assert {c.info.run_name for c in children} == set(TASKS)
     assert {c.info.status for c in children} == {"FINISHED"}
+
+
+def test_the_registry_says_what_was_shipped(both: Both) -> None:
+    client = MlflowClient(both.database)
+    (version,) = client.search_model_versions("name = 'digits'")
+    assert version.run_id == both.passed.run.run_id
+    release = both.passed.run.release
+    assert release is not None
+    assert version.tags["qcore.gate"] == "pass"
+    assert version.tags["model.sha256"] == both.passed.run.decision.model_sha256
+    assert version.tags["package.sha256"] == version.tags["qcore.ota.sha256"] == release["sha256"]
+    assert (version.tags["qcore.ota.channel"], version.tags["qcore.ota.counter"]) == ("stable", str(release["counter"]))
+    aliases = client.get_registered_model("digits").aliases
+    assert {alias: str(n) for alias, n in aliases.items()} == {"candidate": "1", "champion": "1"}
 
 
 def test_a_server_that_hangs_changes_nothing_and_gets_it_all_later(both: Both) -> None:

@@ -1,14 +1,8 @@
 """The same journals against a local database and a real MLflow server: what a reviewer finds there."""
 
 import http.client
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,51 +22,6 @@ from qcore.tracking.rest import RestSink
 from qcore.tracking.sink import Batch, MetricPoint
 from qcore.tracking.tracker import Tracker
 from qcore.tracking.uploader import Uploader
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_and_quiet() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        yield
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('a database')}/new/mlflow.db"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/db", "--artifacts-destination", str(folder / "artifacts")]
-    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=1).close()  # noqa: S310 - our own server
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.1)
-        else:
-            pytest.fail("mlflow server did not start within a minute")
-        yield uri
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-@pytest.fixture(params=["database", "server"])
-def uri(request: pytest.FixtureRequest) -> str:
-    value: str = request.getfixturevalue(request.param)
-    return value
 
 
 def env_of(folder: Path, key: str, **more: str) -> dict[str, str]:
@@ -188,7 +137,7 @@ def test_the_uploader_sends_journals_while_they_grow(uri: str, tmp_path: Path) -
 
 
 def test_a_long_series_is_sent_in_pieces(server: str) -> None:
-    sink = RestSink(server, {})
+    sink = RestSink(server, {}, budget_s=60)
     run = sink.create_run(sink.experiment("long"), name="r", tags={}, start_ms=1)
     batch = Batch(
         params={f"p{i}": "v" for i in range(250)},
