@@ -109,7 +109,7 @@ def run_release(
     Raises:
         QcoreError: an argument cannot be used, or a task failed: the task's own error, with the log named.
     """
-    request = _request(arguments)
+    request = pipeline_request(arguments)
     started = time.monotonic()
     run_key = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
     folder = workspace.absolute() / run_key
@@ -136,7 +136,7 @@ def run_release(
     return _result(folder, watch, uploaded, time.monotonic() - started)
 
 
-def _request(arguments: ReleaseArguments) -> dict[str, Json]:
+def pipeline_request(arguments: ReleaseArguments) -> dict[str, Json]:
     """Return the pipeline's parameters after checking what would otherwise fail only at the end of a long run."""
     from qcore.config import load_config
     from qcore.gate import GatePolicy

@@ -2,7 +2,7 @@
 
 What sending costs a task is added to the run. So all tasks of a run share a ledger, a file beside their journals: what
 a sick server has cost is not spent again by the next task, and after a failure it is left alone for a while. Tasks
-without a common folder find out for themselves, and give a server one second to answer for the first time.
+without a common folder find out for themselves, and give a server less than one second to answer for the first time.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ FAIR_S = 1.0
 AGAIN_AFTER_S = 60.0
 """How long a server that failed is left alone."""
 ALONE_S = 8.0
-ALONE_FIRST_ANSWER_S = 1.0
+ALONE_FIRST_ANSWER_S = 0.75
 """Without a ledger: all calls of a task together, and the first of them."""
 
 LEDGER = "server.json"

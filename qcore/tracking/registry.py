@@ -47,12 +47,12 @@ def _award(line: Alias, mine: ModelVersion, sink: Sink) -> None:
         sink.tag_version(mine.family, mine.version, {since: str(line.time_ms)})
     carried = sink.aliases(mine.family)
     earned = {mine.version: line.time_ms}
-    for alias in filter(None, (line.alias, line.previous)):
-        version = carried.get(alias)
+    for name in filter(None, (line.alias, line.previous)):
+        version = carried.get(name)
         if version is not None and version not in earned:
             said = sink.version(mine.family, version).tags.get(since, "")
             earned[version] = int(said) if said.isdecimal() else 0  # 0: a person set the alias, the repository did not
     ranked = sorted(earned, key=lambda v: (earned[v], int(v) if v.isdecimal() else 0), reverse=True)
-    for alias, version in zip((line.alias, line.previous), ranked, strict=False):
-        if alias is not None and carried.get(alias) != version:
-            sink.set_alias(mine.family, alias, version)
+    for alias, holder in zip((line.alias, line.previous), ranked, strict=False):
+        if alias is not None and carried.get(alias) != holder:
+            sink.set_alias(mine.family, alias, holder)
