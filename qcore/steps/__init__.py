@@ -16,6 +16,7 @@ from qcore.steps.compression import quantize as quantize
 from qcore.steps.finetuning import Finetuning as Finetuning
 from qcore.steps.finetuning import finetune as finetune
 from qcore.steps.guard import OnEpoch as OnEpoch
+from qcore.steps.guard import OnTrial as OnTrial
 from qcore.steps.guard import Progress as Progress
 from qcore.steps.guard import is_first as is_first
 from qcore.steps.judgement import evaluate as evaluate

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qcore.canonical import Json
 from qcore.steps.compression import CompressionSummary, summary_of
-from qcore.steps.guard import Progress, refuse_overwrite, silent
+from qcore.steps.guard import OnTrial, Progress, refuse_overwrite, silent, untold
 from qcore.steps.precision import Budget, Found, search_on
 from qcore.steps.tries import (
     Bench,
@@ -60,6 +60,7 @@ def compress_auto(
     split: str = "calibration",
     policy: Path | None = None,
     progress: Progress = silent,
+    on_trial: OnTrial = untold,
 ) -> AutoSummary:
     """Return the summary of `out`: the first rung of the ladder that passes `policy`, or the one nearest to float.
 
@@ -91,6 +92,7 @@ def compress_auto(
         out=out,
         times=times,
         progress=progress,
+        on_trial=on_trial,
     )
     run = _Run(bench=bench, policy=asked, ceiling=_decided(try_float(bench), asked), tried=[], found=[])
     result = climb(

@@ -104,10 +104,11 @@ def find_target(start: Start, sink: Sink) -> Target:
         above = Target(experiment_id="", parent=_root(start.adopted_run, sink), task=start.adopted_run, adopted=True)
     else:
         above = _own_runs(start, sink)
-    if start.trial is None or above.task is None:
+    if start.trial is None:
         return above
-    experiment_id = above.experiment_id or sink.run_facts(above.task).experiment_id
-    tags = {PARENT_TAG: above.task, TRIAL_TAG: start.trial}
+    base = above.run_of("task")
+    experiment_id = above.experiment_id or sink.run_facts(base).experiment_id
+    tags = {PARENT_TAG: base, TRIAL_TAG: start.trial}
     trial = _run_with(tags, start.trial, start.time_ms, experiment_id, sink)
     return Target(experiment_id=experiment_id, parent=above.parent, task=trial, adopted=False)
 
@@ -145,7 +146,9 @@ def replay_lines(lines: Sequence[Line], sink: Sink, folder: Path) -> Target:
     if not isinstance(start, Start):
         raise TrackingError(f"journal begins with {type(start).__name__}, not with Start; it is damaged")
     target = find_target(start, sink)
-    named = {NAME_TAG: start.run_name} if start.task is None else {}  # a task may have made the run before
+    named = (
+        {NAME_TAG: start.run_name} if start.task is start.trial is None else {}
+    )  # a task may have made the run before
     batches: dict[str, Batch] = {target.run_of("task"): Batch(tags=named)}
     for line in lines[1:]:
         if isinstance(line, Params | Metrics | Tags):

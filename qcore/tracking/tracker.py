@@ -50,6 +50,7 @@ from qcore.tracking.patience import ALONE_FIRST_ANSWER_S, ALONE_S, add_loss, rea
 from qcore.tracking.replay import is_http, replay_journal
 from qcore.tracking.rest import CALL_TIMEOUT_S, RestSink
 from qcore.tracking.sink import NOTE_TAG
+from qcore.trials import TrialFacts
 
 if TYPE_CHECKING:
     from qcore.methods.finetune import Epoch
@@ -118,6 +119,7 @@ class Tracker:
         )
         self._next_progress = 0.0
         self._next_live = 0.0
+        self._trials = 0
 
     def __enter__(self) -> Self:
         """Write the first line."""
@@ -234,6 +236,14 @@ class Tracker:
     def alias(self, name: str, *, previous: str | None = None) -> None:
         """Say that the version of the parent run has earned an alias now, and what the one before is called then."""
         self._write(Alias(alias=name, previous=previous, time_ms=now_ms()))
+
+    def trial(self, facts: TrialFacts) -> None:
+        """Track a trial of a search as a run of its own, and its numbers as a series; fits `on_trial` of searches."""
+        self._trials += 1
+        with Tracker(self._start.task, trial=f"{self._trials:02d} {facts.name}", env=self._env) as t:
+            t.params(facts.params)
+            t.metrics(facts.metrics)
+        self.metrics({f"trial/{name}": value for name, value in facts.metrics.items()}, step=self._trials)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Note how far the task is, at most four times a second; fits the `progress` argument of every step."""
