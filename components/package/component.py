@@ -45,4 +45,5 @@ def package(
         digests = {"model.sha256": sha256_file(Path(model.path)), "package.sha256": result.sha256}
         t.tags({"package.sha256": result.sha256}, on="parent")
         t.artifact(out, "release", name=f"{family}-{version}.qpkg", on="parent")
-        t.version(family, "release", f"{family} {version} for {target}", {**digests, "qcore.target": target})
+        what = f"{family} {version} for {target}. The source run says what was decided, and why."
+        t.version(family, "release", what, {**digests, "qcore.target": target})

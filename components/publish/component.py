@@ -41,4 +41,4 @@ def publish(
         t.params({"channel": channel})
         t.tags({"qcore.release": name, "qcore.channel": channel, "qcore.counter": result.counter}, on="parent")
         t.artifact(Path(release.path), "release", name="release.json", on="parent")
-        track_publication(t, result.channel, result.counter, result.sha256)
+        track_publication(t, result.channel, result.counter)

@@ -20,6 +20,7 @@ from qcore.tracking.rest import tag_filter
 from qcore.tracking.sink import (
     CONTEXT_TAG,
     EXPERIMENT_TAGS,
+    FAMILY_NOTE,
     MAX_DIGEST,
     Batch,
     ModelVersion,
@@ -129,7 +130,7 @@ class ClientSink:
         """Return the number of a new version; the registered model is created where it is absent."""
         try:
             with self._errors():
-                self._client.create_registered_model(new.family)
+                self._client.create_registered_model(new.family, description=FAMILY_NOTE)
         except RefusedError as e:
             if e.code != "RESOURCE_ALREADY_EXISTS":
                 raise

@@ -22,6 +22,7 @@ from qcore.tracking.journal import Dataset, Status, TrackingError
 from qcore.tracking.sink import (
     CONTEXT_TAG,
     EXPERIMENT_TAGS,
+    FAMILY_NOTE,
     MAX_DIGEST,
     Batch,
     ModelVersion,
@@ -139,7 +140,7 @@ class RestSink:
 
     def create_version(self, new: NewVersion) -> str:
         """Return the number of a new version; the registered model is created where it is absent."""
-        self._call("POST", "registered-models/create", {"name": new.family}, exists_ok=True)
+        self._call("POST", "registered-models/create", {"name": new.family, "description": FAMILY_NOTE}, exists_ok=True)
         body = {
             "name": new.family,
             "source": new.source,

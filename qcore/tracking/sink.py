@@ -26,6 +26,12 @@ EXPERIMENT_TAGS = {
     "its children hold the detail of each step.",
 }
 
+FAMILY_NOTE = (
+    "Devices know this model by its name. `champion` was published last, `previous_champion` before it, `candidate` "
+    "passed the gate last. The source run of a version says what was decided and why."
+)
+"""Description of a registered model."""
+
 MAX_PARAMS = 100
 MAX_TAGS = 100
 MAX_METRICS = 500

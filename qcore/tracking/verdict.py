@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from qcore.canonical import Digest
 from qcore.files import write_atomic
 from qcore.report import GateDecision
 from qcore.report_file import report_from_json
@@ -66,12 +65,12 @@ def track_outcome(tracker: Tracker, outcome: str) -> None:
         tracker.alias("candidate")
 
 
-def track_publication(tracker: Tracker, channel: str, counter: int, sha256: Digest) -> None:
+def track_publication(tracker: Tracker, channel: str, counter: int) -> None:
     """Say of the registered version where it was published, and make it the `champion`.
 
     Publishing has verified the signed pass, so the outcome is said again: where packages are made behind the gate,
     there was no version yet when the gate spoke.
     """
     track_outcome(tracker, "pass")
-    tracker.version_tags({"qcore.ota.channel": channel, "qcore.ota.counter": counter, "qcore.ota.sha256": sha256})
+    tracker.version_tags({"qcore.ota.channel": channel, "qcore.ota.counter": counter})
     tracker.alias("champion", previous="previous_champion")
