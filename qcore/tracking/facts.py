@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from qcore.canonical import Digest, Json
+from qcore.canonical import Digest, Json, sha256_bytes
 from qcore.errors import ModelError
 from qcore.files import sha256_file
 
@@ -18,6 +18,16 @@ def file_facts(path: Path, form: str) -> dict[str, str | int]:
 def part_name(task: str, shard: int, shards: int) -> str:
     """Return what a task is called that works on one of several shards, so that each has a run of its own."""
     return task if shards == 1 else f"{task} {shard} of {shards}"
+
+
+def recipe_name(recipe: str, text: str) -> str:
+    """Return what the run of a recipe is called, so that the recipes of a loop do not share one.
+
+    Args:
+        recipe: name of a shipped recipe or a file.
+        text: a recipe as YAML that is taken instead, if it is not empty; it is called by its digest.
+    """
+    return f"own {sha256_bytes(text.encode())[:8]}" if text.strip() else Path(recipe).stem
 
 
 def card_facts(data: Path) -> dict[str, str | int]:
