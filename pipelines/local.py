@@ -31,7 +31,7 @@ from qcore.tracking.tracker import Tracker
 from qcore.tracking.uploader import Uploaded, Uploader
 
 TASKS = ("prune", "calibrate", "quantize", "evaluate", "package", "parity", "gate", "review", "publish")
-"""The tasks of `release` in the order in which they run."""
+"""The tasks of `release` in an order in which they may run."""
 
 POLL_S = 0.1
 GRACE_S = 5.0
@@ -112,7 +112,7 @@ def run_release(
     Raises:
         QcoreError: an argument cannot be used, or a task failed: the task's own error, with the log named.
     """
-    request = _request(arguments)
+    request = pipeline_request(arguments)
     started = time.monotonic()
     run_key = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
     folder = workspace.absolute() / run_key
@@ -125,8 +125,8 @@ def run_release(
     uploaded = Uploaded(run_id=None, url=None, problem=None)
     try:
         with tracker:
-            tracker.params({"family": arguments.family, "version": arguments.version, "channel": arguments.channel})
-            tracker.params({"model": arguments.model.name, "sparsity": arguments.sparsity, "target": arguments.target})
+            tracker.params({k: request[k] for k in ("family", "version", "channel", "recipe", "target", "sparsity")})
+            tracker.params({"model": arguments.model.name})
             if uploader and tracker.journal.path:
                 uploader.offer(tracker.journal.path)
             _run_child(folder, env, watch, uploader)
@@ -139,7 +139,7 @@ def run_release(
     return _result(folder, watch, uploaded, time.monotonic() - started)
 
 
-def _request(arguments: ReleaseArguments) -> dict[str, Json]:
+def pipeline_request(arguments: ReleaseArguments) -> dict[str, Json]:
     """Return the pipeline's parameters after checking what would otherwise fail only at the end of a long run."""
     from qcore.config import load_config
     from qcore.policy import GatePolicy

@@ -8,7 +8,8 @@ a search would choose by it. Standard library only.
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,15 @@ from qcore.files import fsync_dir, sha256_file
 
 Run = Callable[[Json], Json]
 PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialFacts:
+    """One trial of a search as a list of runs shows it: all trials of a search have the same keys."""
+
+    name: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
 
 
 def remembered(path: Path, key: Digest, run: Run) -> Run:

@@ -37,10 +37,10 @@ def calibrate(
     from pathlib import Path
 
     from qcore import steps
-    from qcore.tracking.facts import file_facts
+    from qcore.tracking.facts import card_facts, file_facts, part_name
     from qcore.tracking.tracker import Tracker
 
-    with Tracker("calibrate") as t:
+    with Tracker(part_name("calibrate", shard, shards)) as t:
         t.params({"split": split, "bins": bins, "decay": decay, "data_digest": data_sha256})
         t.params({"shard": shard, "shards": shards, "tensors": tensors})
         result = steps.calibrate(
@@ -55,5 +55,7 @@ def calibrate(
             progress=t.progress,
         )
         table.metadata.update(file_facts(Path(table.path), "qcore-calibration"))
-        t.params({"calibration_samples": result.samples}, on="parent")
+        card = card_facts(Path(data.path))
+        t.params({"calibration_samples": result.size, **card}, on="parent")
+        t.dataset(f"{card['data']}/{split}", result.data_sha256, "calibration", source=data.uri)
         t.tags({"model.sha256": result.model_sha256, "data.sha256": result.data_sha256})

@@ -36,12 +36,13 @@ def compress(
 
     from qcore import steps
     from qcore.files import write_json
-    from qcore.tracking.facts import file_facts, text_file, training_facts
+    from qcore.tracking.facts import file_facts, recipe_name, text_file, training_facts
     from qcore.tracking.tracker import Tracker
 
-    with Tracker("compress") as t, text_file(recipe_yaml, "recipe.yaml") as own:
-        t.params({"recipe_yaml": recipe_yaml} if own else {"recipe": recipe})
-        t.params({"target": target, "split": split})
+    named = recipe_name(recipe, recipe_yaml)
+    with Tracker(f"compress {named}") as t, text_file(recipe_yaml, "recipe.yaml") as own:
+        t.params({"recipe": named, "target": target, "split": split})
+        t.params({"recipe_yaml": recipe_yaml} if own else {})
         made = steps.compress(
             model=Path(model.path),
             out=Path(compressed.path),

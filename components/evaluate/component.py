@@ -59,4 +59,5 @@ def evaluate(
         t.metrics({**result.metrics, **cost_metrics(result), "n": result.n}, kfp=metrics)
         log_confusion(confusion, result, steps.class_names(Path(data.path), result.data.name))
         t.params({"data": result.data.name, "evaluation_split": split}, on="parent")
+        t.dataset(f"{result.data.name}/{split}", result.data.sha256, "evaluation", source=data.uri)
         t.artifact(out, name="report.json")

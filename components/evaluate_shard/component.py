@@ -37,10 +37,10 @@ def evaluate_shard(
     from pathlib import Path
 
     from qcore import steps
-    from qcore.tracking.facts import expect_champion, expect_model, file_facts
+    from qcore.tracking.facts import expect_champion, expect_model, file_facts, part_name
     from qcore.tracking.tracker import Tracker
 
-    with Tracker("evaluate_shard") as t:
+    with Tracker(part_name("evaluate_shard", shard, shards)) as t:
         t.params({"split": split, "shard": shard, "shards": shards, "data_digest": data_sha256})
         expect_model(Path(baseline.path), baseline_sha256)
         steps.evaluate_shard(

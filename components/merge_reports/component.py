@@ -34,4 +34,5 @@ def merge_reports(
         t.params({"shards": len(parts)})
         t.metrics({**result.metrics, **cost_metrics(result), "n": result.n}, kfp=metrics)
         t.params({"data": result.data.name, "evaluation_split": result.data.split}, on="parent")
+        t.dataset(f"{result.data.name}/{result.data.split}", result.data.sha256, "evaluation")
         t.artifact(out, name="report.json")

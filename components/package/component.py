@@ -29,6 +29,7 @@ def package(
     from pathlib import Path
 
     from qcore import steps
+    from qcore.files import sha256_file
     from qcore.tracking.facts import file_facts
     from qcore.tracking.tracker import Tracker
 
@@ -38,4 +39,8 @@ def package(
         package.metadata.update(file_facts(result.path, "qpkg"))
         t.params({"family": family, "version": version, "target": target})
         t.metrics({"package_bytes": result.size_bytes}, on="parent")
-        t.tags({"qcore.package.sha256": result.sha256}, on="parent")
+        digests = {"model.sha256": sha256_file(Path(model.path)), "package.sha256": result.sha256}
+        t.tags({"package.sha256": result.sha256}, on="parent")
+        t.artifact(result.path, "release", name=f"{family}-{version}.qpkg", on="parent")
+        what = f"{family} {version} for {target}. The source run says what was decided, and why."
+        t.version(family, "release", what, {**digests, "qcore.target": target})

@@ -30,6 +30,7 @@ def publish(
     from qcore.files import write_json
     from qcore.tracking.facts import file_facts
     from qcore.tracking.tracker import Tracker
+    from qcore.tracking.verdict import track_publication
 
     with Tracker("publish") as t:
         files = {"package": Path(package.path), "evidence": Path(evidence.path)}
@@ -39,4 +40,5 @@ def publish(
         name = f"{result.family} {result.version}"
         t.params({"channel": channel})
         t.tags({"qcore.release": name, "qcore.channel": channel, "qcore.counter": result.counter}, on="parent")
-        t.artifact(Path(release.path), "report", name="release.json", on="parent")
+        t.artifact(Path(release.path), "release", name="release.json", on="parent")
+        track_publication(t, result.channel, result.counter)

@@ -28,7 +28,7 @@ def quantize(
 
     from qcore import steps
     from qcore.files import write_json
-    from qcore.tracking.facts import file_facts
+    from qcore.tracking.facts import file_facts, scheme_facts
     from qcore.tracking.tracker import Tracker
 
     with Tracker("quantize") as t:
@@ -36,8 +36,9 @@ def quantize(
         result = steps.quantize(**files, target=target, recipe=recipe)
         write_json(Path(summary.path), result.to_json())
         quantized.metadata.update(file_facts(Path(quantized.path), "onnx"))
-        t.params({"recipe": recipe, "target": target}, on="parent")
-        t.params({"recipe": recipe, "target": target})
+        scheme = scheme_facts(recipe, target)
+        t.params(scheme, on="parent")
+        t.params(scheme)
         t.metrics({"size_bytes": result.size_bytes})
         t.tags({"model.sha256": result.sha256})
         t.artifact(Path(summary.path), name="summary.json")

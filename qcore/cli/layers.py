@@ -13,9 +13,11 @@ from qcore import steps
 from qcore.cli import options as opt
 from qcore.cli.model import print_breaches
 from qcore.cli.output import percent, print_json, print_table, progress, size
+from qcore.cli.tracking import tracked
 
 if TYPE_CHECKING:
     from qcore.layers.report import LayerReport
+    from qcore.tracking.tracker import Tracker
 
 _SHOWN = 15
 _MISSED = 3
@@ -30,14 +32,16 @@ def layers(
     ],
     split: opt.EvaluationSplit = "evaluation",
     samples: Annotated[int, typer.Option(min=1, help="How many samples, evenly spread over the split.")] = 32,
+    tracking: opt.Tracking = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Say which layers of a quantized model are at fault, and which only carry an error on."""
-    with progress() as report:
+    json_path, page = steps.layer_paths(out)
+    with tracked(tracking, json_path, f"layers {model.stem}") as t, progress() as report:
         result = steps.layers(
             model=model, baseline=baseline, data=data, out=out, split=split, samples=samples, progress=report
         )
-    json_path, page = steps.layer_paths(out)
+        _track_layers(t, result, (json_path, page))
     if as_json:
         print_json({**result.to_json(), "output": str(json_path), "page": str(page)})
         return
@@ -111,13 +115,14 @@ def mixed(
         typer.Option(help="Split that trials are judged on; default: validation, or evaluation where there is none."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many samples rank the layers.")] = 32,
+    tracking: opt.Tracking = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Give more than 8 bits to the fewest layers found that hold an accuracy budget. Resumes where it was killed.
 
     Exit code 3 if the budget does not hold: then no model is written, but OUT.pareto.html and OUT.pareto.json are.
     """
-    with progress() as report:
+    with tracked(tracking, out, f"mixed {model.stem}") as t, progress() as report:
         result = steps.mixed_precision(
             model=model,
             data=data,
@@ -130,13 +135,42 @@ def mixed(
             judged_on=judged_on,
             samples=samples,
             progress=report,
+            on_trial=t.trial,
         )
+        _track_search(t, result)
     if as_json:
         print_json({**result.to_json(), "output": str(out), "report": str(result.report), "page": str(result.page)})
     else:
         _print_mixed(result)
     if not result.found.search.met:
         raise typer.Exit(_MISSED)
+
+
+def _track_search(tracker: "Tracker", result: steps.MixedSummary) -> None:
+    """Track what a search chose, and why, on its run."""
+    search, chosen = result.found.search, result.found.search.chosen.trial
+    tracker.note(f"{search.why}\n\nThe trials are the runs below this one: select them and compare.")
+    tracker.params({"target": result.target, "base": result.base, "measure": result.measure})
+    tracker.metrics({"error": chosen.error, "size_bytes": chosen.size_bytes, "trials": len(search.attempts)})
+    tracker.tags({"model.sha256": result.model_sha256, "qcore.search": "met" if search.met else "not met"})
+    tracker.dataset(result.judged_on, result.data_sha256, "validation")
+    for path in (result.page, result.report):
+        tracker.artifact(path, "report")
+
+
+def _track_layers(tracker: "Tracker", report: "LayerReport", files: tuple[Path, ...]) -> None:
+    """Track the errors of all layers as series: the step is the layer's number in the table."""
+    measured = report.measured
+    tracker.note(report.advice())
+    tracker.params({"target": measured.target or "none", "samples": measured.data.n})
+    tracker.tags({"model.sha256": measured.model.sha256, "baseline.sha256": measured.baseline.sha256})
+    tracker.dataset(f"{measured.data.name}/{measured.data.split}", measured.data.sha256, "evaluation")
+    tracker.metrics({f"layers_{v}": float(report.count(v)) for v in ("local", "accumulated", "fine")})
+    for number, layer in enumerate(report.layers, 1):
+        local = {} if layer.local is None else {"layer/local_sqnr_db": layer.local.sqnr_db}
+        tracker.metrics({**local, "layer/accumulated_sqnr_db": layer.accumulated.sqnr_db}, step=number)
+    for path in files:
+        tracker.artifact(path, "report")
 
 
 def _print_mixed(result: steps.MixedSummary) -> None:

@@ -1,5 +1,6 @@
 """The verbs that work on one model: from quantization to publication. Each parses, calls one step, and prints."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,11 +10,14 @@ from qcore import steps
 from qcore.cli import options as opt
 from qcore.cli.epochs import gained, print_epochs, training_progress
 from qcore.cli.output import percent, print_facts, print_json, print_table, progress, size
+from qcore.cli.tracking import tracked
 from qcore.errors import ConfigError
 from qcore.report import GateDecision
 
 if TYPE_CHECKING:
     from qcore.compression import AppliedStep
+    from qcore.methods.finetune import Epoch
+    from qcore.tracking.tracker import Tracker
 
 REFUSED = 3
 AUTO = "auto"
@@ -122,6 +126,7 @@ def compress(
     split: opt.CalibrationSplit = "calibration",
     policy: opt.Policy = None,
     device: opt.Device = opt.DeviceKind.auto,
+    tracking: opt.Tracking = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Apply a whole recipe, calibrating where a step needs it.
@@ -129,11 +134,13 @@ def compress(
     `auto` tries recipes, cheapest first, until one passes the policy, and resumes where it was killed.
     """
     if recipe == AUTO:
-        _compress_auto(model=model, data=data, out=out, target=target, split=split, policy=policy, as_json=as_json)
+        files = _Files(model=model, data=data, out=out, policy=policy)
+        _compress_auto(files, target=target, split=split, tracking=tracking, as_json=as_json)
         return
     if policy is not None:
         raise ConfigError(f"--policy is for --recipe auto, which stops at the first pass; {recipe} is applied as it is")
-    with training_progress() as (report, on_epoch):
+    name = f"compress {model.stem} {Path(recipe).stem}"
+    with tracked(tracking, out, name) as t, training_progress() as (report, on_epoch):
         summary = steps.compress(
             model=model,
             data=data,
@@ -143,20 +150,53 @@ def compress(
             split=split,
             device=device.value,
             progress=report,
-            on_epoch=on_epoch,
+            on_epoch=_both(on_epoch, t.epoch),
         )
+        _track_summary(t, summary)
     print_summary(summary, as_json)
 
 
-def _compress_auto(
-    *, model: Path, data: Path | None, out: Path, target: str, split: str, policy: Path | None, as_json: bool
-) -> None:
+def _both(first: steps.OnEpoch, second: steps.OnEpoch) -> steps.OnEpoch:
+    def told(epoch: "Epoch") -> None:
+        first(epoch)
+        second(epoch)
+
+    return told
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Files:
+    """What `--recipe auto` reads and writes."""
+
+    model: Path
+    data: Path | None
+    out: Path
+    policy: Path | None
+
+
+def _track_summary(tracker: "Tracker", summary: steps.CompressionSummary) -> None:
+    tracker.params({"recipe": summary.recipe, "target": summary.target})
+    tracker.metrics({**summary.sizes, "size_ratio": summary.size_bytes / summary.input_size_bytes})
+    tracker.tags({"model.sha256": summary.sha256})
+
+
+def _compress_auto(files: _Files, *, target: str, split: str, tracking: str | None, as_json: bool) -> None:
+    data, out = files.data, files.out
     if data is None:
         raise ConfigError("recipe auto calibrates and judges, and got no data; allowed: a data card; pass --data CARD")
-    with progress() as report:
+    with tracked(tracking, out, f"compress {files.model.stem} auto") as t, progress() as report:
         result = steps.compress_auto(
-            model=model, data=data, out=out, target=target, split=split, policy=policy, progress=report
+            model=files.model,
+            data=data,
+            out=out,
+            target=target,
+            split=split,
+            policy=files.policy,
+            progress=report,
+            on_trial=t.trial,
         )
+        t.note(f"{result.climb.why}\n\nThe recipes that were tried are the runs below this one: select and compare.")
+        _track_summary(t, result.written)
     if as_json:
         print_json(result.to_json())
         return

@@ -39,6 +39,9 @@ EvaluationSplit = Annotated[str, typer.Option("--split", help="Split of the data
 Policy = Annotated[
     Path | None, typer.Option("--policy", help="Gate policy YAML; without it one point of top-1 at 95 %.")
 ]
+Tracking = Annotated[
+    str | None, typer.Option("--tracking", help="MLflow URI to track this to; default: $MLFLOW_TRACKING_URI, or none.")
+]
 Family = Annotated[str, typer.Option("--family", help="Name of the model on devices, [a-z0-9._-].")]
 Version = Annotated[str, typer.Option("--version", help="Version of this release, new for the family.")]
 Repository = Annotated[str, typer.Option("--repository", help="The signed repository: a folder or s3://bucket/prefix.")]

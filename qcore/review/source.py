@@ -5,11 +5,14 @@ Every file names its model by digest, so each is put to the candidate it is abou
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from qcore.canonical import Digest, Json
 from qcore.errors import DataError
-from qcore.parity_report import ParityReport
 from qcore.report import EvaluationReport, GateDecision
+
+if TYPE_CHECKING:
+    from qcore.parity_report import ParityReport  # which needs numpy; tasks that only describe a run do not
 
 TRAINED = frozenset({"qat", "finetune"})
 """Methods after which a candidate is no longer compressed after training alone."""
@@ -146,7 +149,7 @@ class Candidate:
     decision: GateDecision | None = None
     summary: Summary | None = None
     layers: Layers | None = None
-    parity: ParityReport | None = None
+    parity: "ParityReport | None" = None
     ranges: Ranges | None = None
     package: Package | None = None
 

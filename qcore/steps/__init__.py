@@ -21,6 +21,7 @@ from qcore.steps.decision import load_report as load_report
 from qcore.steps.finetuning import Finetuning as Finetuning
 from qcore.steps.finetuning import finetune as finetune
 from qcore.steps.guard import OnEpoch as OnEpoch
+from qcore.steps.guard import OnTrial as OnTrial
 from qcore.steps.guard import Progress as Progress
 from qcore.steps.guard import is_first as is_first
 from qcore.steps.judgement import evaluate as evaluate

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qcore.canonical import Json
 from qcore.steps.compression import CompressionSummary, summary_of
 from qcore.steps.costs import costing_for
-from qcore.steps.guard import Progress, refuse_overwrite, silent
+from qcore.steps.guard import OnTrial, Progress, refuse_overwrite, silent, untold
 from qcore.steps.precision import Budget, Found, search_on
 from qcore.steps.tries import (
     Bench,
@@ -61,6 +61,7 @@ def compress_auto(
     split: str = "calibration",
     policy: Path | None = None,
     progress: Progress = silent,
+    on_trial: OnTrial = untold,
 ) -> AutoSummary:
     """Return the summary of `out`: the first rung of the ladder that passes `policy`, or the one nearest to float.
 
@@ -92,6 +93,7 @@ def compress_auto(
         out=out,
         costing=None if asked is None else costing_for(asked.budgets),
         progress=progress,
+        on_trial=on_trial,
     )
     run = _Run(bench=bench, policy=asked, ceiling=_decided(try_float(bench), asked), tried=[], found=[])
     result = climb(

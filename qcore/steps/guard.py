@@ -11,6 +11,7 @@ from qcore.errors import ConfigError, GateRefused
 if TYPE_CHECKING:
     from qcore.data.dataset import Dataset
     from qcore.methods.finetune import Epoch
+    from qcore.trials import TrialFacts
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,10 @@ OnEpoch = Callable[["Epoch"], None]
 """Called with every epoch of training, the state before it included."""
 
 
+OnTrial = Callable[["TrialFacts"], None]
+"""Called with every trial of a search when it has ended, those of an earlier call that was killed included."""
+
+
 def silent(what: str, done: int, total: int) -> None:
     """Report progress to nobody."""
     del what, done, total
@@ -30,6 +35,11 @@ def silent(what: str, done: int, total: int) -> None:
 def unseen(epoch: "Epoch") -> None:
     """Report an epoch to nobody."""
     del epoch
+
+
+def untold(facts: "TrialFacts") -> None:
+    """Report a trial to nobody."""
+    del facts
 
 
 def is_first() -> bool:

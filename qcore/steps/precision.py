@@ -10,7 +10,7 @@ from qcore import __version__
 from qcore.canonical import Digest, Json, sha256_bytes
 from qcore.errors import ConfigError, ModelError
 from qcore.steps.compression import CompressionSummary, refuse_unusable, summary_of
-from qcore.steps.guard import Progress, refuse_overwrite, silent
+from qcore.steps.guard import OnTrial, Progress, refuse_overwrite, silent, untold
 from qcore.steps.search import SENSITIVITY_SAMPLES, prepare, rank_layers
 from qcore.steps.tries import Bench, Tried, forget_models, journal_path, model_of, open_bench, try_recipe
 
@@ -100,6 +100,7 @@ def mixed_precision(
     judged_on: str | None = None,
     samples: int = SENSITIVITY_SAMPLES,
     progress: Progress = silent,
+    on_trial: OnTrial = untold,
 ) -> MixedSummary:
     """Return the search for the cheapest precisions that hold a budget; write the model to `out`.
 
@@ -120,6 +121,7 @@ def mixed_precision(
         judged_on: the split that trials are judged on; None: `validation`, or `evaluation` where there is none.
         samples: how many of `split` sensitivities are measured on.
         progress: told how far it is.
+        on_trial: called with every trial.
 
     Raises:
         ConfigError: the budget does not fit the data, or a file is wrong.
@@ -134,7 +136,15 @@ def mixed_precision(
         refuse_overwrite(path, model, recipe, target, data=data)
     loaded, raw = load_recipe(recipe), read_model_bytes(model)
     bench = open_bench(
-        raw, str(model), data=data, split=split, judged_on=judged_on, target=target, out=out, progress=progress
+        raw,
+        str(model),
+        data=data,
+        split=split,
+        judged_on=judged_on,
+        target=target,
+        out=out,
+        progress=progress,
+        on_trial=on_trial,
     )
     budget = _budget(bench, max_drop, max_error)
     found = search_on(bench, loaded, budget, samples)

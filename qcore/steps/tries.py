@@ -13,8 +13,9 @@ from qcore.canonical import Digest, Json, sha256_bytes, sha256_json
 from qcore.errors import ConfigError
 from qcore.steps.compression import gathered, refuse_unusable
 from qcore.steps.costs import BRIEF, ONE_RUN, Costing
-from qcore.steps.guard import Progress, open_calibration
+from qcore.steps.guard import OnTrial, Progress, open_calibration, untold
 from qcore.steps.judgement import Judge, judge_of, judged, judged_itself
+from qcore.trials import TrialFacts
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -36,7 +37,8 @@ class Bench:
     """What all trials of one search share: the float model, for what, on what evidence, judged by what.
 
     `timed` says whether latencies mean anything. `evidence` and `judge` are read from data when a trial first needs
-    them. `key` covers everything that a trial depends on besides its recipe.
+    them. `key` covers everything that a trial depends on besides its recipe. `told` holds the digests of the recipes
+    whose trials `on_trial` has been called with.
     """
 
     raw: bytes
@@ -51,6 +53,8 @@ class Bench:
     out: Path
     key: Digest
     progress: Progress
+    on_trial: OnTrial
+    told: set[Digest]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +93,7 @@ def open_bench(
     out: Path,
     costing: Costing | None = None,
     progress: Progress,
+    on_trial: OnTrial = untold,
 ) -> Bench:
     """Return the bench for the float model `raw`, which messages call `name`.
 
@@ -102,6 +107,7 @@ def open_bench(
         out: where the search writes its result.
         costing: what somebody asks for; else latency is measured briefly where the target is this machine.
         progress: told how far it is.
+        on_trial: called once with every recipe that was tried.
     """
     from functools import cache, partial
 
@@ -132,6 +138,8 @@ def open_bench(
         out=out,
         key=sha256_json(["recipes", *known, source_sha256(), runtime_version()]),
         progress=progress,
+        on_trial=on_trial,
+        told=set(),
     )
 
 
@@ -152,13 +160,55 @@ def try_recipe(bench: Bench, recipe: "Recipe") -> Tried:
         {**s, **{k: tuple(s[k]) for k in lists}, "skipped": tuple(Skipped(**k) for k in s["skipped"])}
         for s in result["steps"]
     ]
-    return Tried(
+    tried = Tried(
         recipe=recipe,
         sha256=result["sha256"],
         size_bytes=result["size_bytes"],
         error=result["error"],
         steps=tuple(AppliedStep(**s) for s in steps),
         report=report_from_json(result["report"]),
+    )
+    tell(bench, tried)
+    return tried
+
+
+def tell(bench: Bench, tried: Tried) -> None:
+    """Call `on_trial` with a trial, once: a search asks again for the one that it chose."""
+    digest = sha256_json([s.model_dump(mode="json") for s in tried.recipe.steps])
+    if digest not in bench.told:
+        bench.told.add(digest)
+        bench.on_trial(facts_of(tried, bench.target.name, bench.timed))
+
+
+def facts_of(tried: Tried, target: str, timed: bool) -> TrialFacts:
+    """Return a trial as a run: the recipe in parameters, what was measured in metrics, the same keys for all."""
+    from qcore.mixed_precision import LADDER
+
+    step, report = tried.recipe.quantize_step, tried.report
+    precisions = [] if step is None else list(step.precision.values())
+    more = {p: precisions.count(p) for p in LADDER}
+    words = "all float" if step is None else ", ".join(f"{n} {p}" for p, n in more.items() if n)
+    measured = {k: report.metrics[k] for k in ("top1", "top1_delta", "agreement") if k in report.metrics}
+    latency = {"latency_p50_ms": report.model.latency_ms.p50} if timed else {}
+    return TrialFacts(
+        name=tried.recipe.name + (f" ({words})" if words else ""),
+        params={
+            "recipe": tried.recipe.name,
+            "target": target,
+            "steps": " > ".join(s.method for s in tried.recipe.steps),
+            "ranges": "none" if step is None else step.ranges,
+            "weights_per_channel": str(step is None or step.per_channel is not False),
+            **{f"layers_{p}": str(n) for p, n in more.items()},
+            "model_sha256": tried.sha256,
+        },
+        metrics={
+            "error": tried.error,
+            "output_sqnr_db": report.metrics["output_sqnr_db"],
+            **measured,
+            **latency,
+            "size_bytes": float(tried.size_bytes),
+            "size_ratio": tried.size_bytes / report.baseline.size_bytes,
+        },
     )
 
 

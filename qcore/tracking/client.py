@@ -7,16 +7,27 @@ makes them take turns.
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from qcore.tracking.journal import Status, TrackingError
+from qcore.tracking.journal import Dataset, Status, TrackingError
 from qcore.tracking.rest import tag_filter
-from qcore.tracking.sink import EXPERIMENT_TAGS, Batch
+from qcore.tracking.sink import (
+    CONTEXT_TAG,
+    EXPERIMENT_TAGS,
+    FAMILY_NOTE,
+    MAX_DIGEST,
+    Batch,
+    ModelVersion,
+    NewVersion,
+    RefusedError,
+    RunFacts,
+)
 
 SQLITE = "sqlite:///"
 
@@ -71,10 +82,16 @@ class ClientSink:
             run = self._client.create_run(experiment_id, start_time=start_ms, tags=dict(tags), run_name=name)
         return str(run.info.run_id)
 
-    def run_tags(self, run_id: str) -> Mapping[str, str]:
-        """Return the tags of a run."""
+    def run_facts(self, run_id: str) -> RunFacts:
+        """Return what a run already has."""
         with self._errors():
-            return dict(self._client.get_run(run_id).data.tags)
+            run = self._client.get_run(run_id)
+        return RunFacts(
+            experiment_id=str(run.info.experiment_id),
+            tags=dict(run.data.tags),
+            params=dict(run.data.params),
+            artifact_uri=str(run.info.artifact_uri),
+        )
 
     def log(self, run_id: str, batch: Batch) -> None:
         """Log one chunk of a batch."""
@@ -87,6 +104,64 @@ class ClientSink:
                 params=[Param(k, v) for k, v in batch.params.items()],
                 tags=[RunTag(k, v) for k, v in batch.tags.items()],
             )
+
+    def log_dataset(self, run_id: str, dataset: Dataset) -> None:
+        """Say that a run used these samples."""
+        from mlflow.entities import Dataset as Samples
+        from mlflow.entities import DatasetInput, InputTag
+
+        samples = Samples(
+            name=dataset.name,
+            digest=dataset.digest[:MAX_DIGEST],
+            source_type="qcore",
+            source=json.dumps({"uri": dataset.source, "sha256": dataset.digest}),
+        )
+        with self._errors():
+            used = DatasetInput(samples, [InputTag(CONTEXT_TAG, dataset.context)])
+            self._client.log_inputs(run_id, datasets=[used])
+
+    def versions_of(self, run_id: str) -> Sequence[ModelVersion]:
+        """Return the versions of registered models that came out of a run."""
+        with self._errors():
+            found = self._client.search_model_versions(f"run_id = '{run_id}'", max_results=100)
+        return [ModelVersion(family=v.name, version=str(v.version), tags=dict(v.tags)) for v in found]
+
+    def create_version(self, new: NewVersion) -> str:
+        """Return the number of a new version; the registered model is created where it is absent."""
+        try:
+            with self._errors():
+                self._client.create_registered_model(new.family, description=FAMILY_NOTE)
+        except RefusedError as e:
+            if e.code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        with self._errors():
+            made = self._client.create_model_version(
+                new.family, new.source, new.run_id, tags=dict(new.tags), description=new.description
+            )
+        return str(made.version)
+
+    def version(self, family: str, version: str) -> ModelVersion:
+        """Return a version with its tags."""
+        with self._errors():
+            found = self._client.get_model_version(family, version)
+        return ModelVersion(family=family, version=version, tags=dict(found.tags))
+
+    def tag_version(self, family: str, version: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a version."""
+        with self._errors():
+            for key, value in tags.items():
+                self._client.set_model_version_tag(family, version, key, value)
+
+    def aliases(self, family: str) -> Mapping[str, str]:
+        """Return the versions that aliases of a registered model point at, by alias."""
+        with self._errors():
+            found = self._client.get_registered_model(family)
+        return {alias: str(version) for alias, version in found.aliases.items()}
+
+    def set_alias(self, family: str, alias: str, version: str) -> None:
+        """Point an alias at a version."""
+        with self._errors():
+            self._client.set_registered_model_alias(family, alias, version)
 
     def upload(self, run_id: str, path: Path, name: str) -> None:
         """Store the file `path` as `name` among the run's artifacts."""
@@ -108,9 +183,14 @@ class ClientSink:
 
         try:
             yield
-        except (MlflowException, SQLAlchemyError, OSError) as e:
-            said = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            raise TrackingError(f"{self.uri}: {said[:200]}; check the tracking URI") from e
+        except MlflowException as e:
+            raise RefusedError(f"{self.uri}: {_first_line(e)}", str(e.error_code)) from e
+        except (SQLAlchemyError, OSError) as e:
+            raise TrackingError(f"{self.uri}: {_first_line(e)}; check the tracking URI") from e
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcore.canonical import Digest, Json
+from qcore.canonical import Digest, Json, sha256_bytes
 from qcore.errors import ModelError
 from qcore.files import sha256_file
 
@@ -17,6 +17,56 @@ if TYPE_CHECKING:
 def file_facts(path: Path, form: str) -> dict[str, str | int]:
     """Return the metadata of an output: `format`, `sha256` and `size_bytes` of the file `path`."""
     return {"format": form, "sha256": sha256_file(path), "size_bytes": path.stat().st_size}
+
+
+def part_name(task: str, shard: int, shards: int) -> str:
+    """Return what a task is called that works on one of several shards, so that each has a run of its own."""
+    return task if shards == 1 else f"{task} {shard} of {shards}"
+
+
+def recipe_name(recipe: str, text: str) -> str:
+    """Return what the run of a recipe is called, so that the recipes of a loop do not share one.
+
+    Args:
+        recipe: name of a shipped recipe or a file.
+        text: a recipe as YAML that is taken instead, if it is not empty; it is called by its digest.
+    """
+    return f"own {sha256_bytes(text.encode())[:8]}" if text.strip() else Path(recipe).stem
+
+
+def card_facts(data: Path) -> dict[str, str | int]:
+    """Return the name of a data card, and the seed of its splits."""
+    from qcore.data.card import load_card
+
+    card, _, _ = load_card(data)
+    return {"data": card.name, "split_seed": card.seed}
+
+
+def scheme_facts(recipe: str, target: str) -> dict[str, str | int]:
+    """Return what a recipe makes for a target, as parameters: dtypes, bits and ranges where it quantizes by a table.
+
+    Args:
+        recipe: name of a shipped recipe or a file.
+        target: name of a shipped profile or a file.
+    """
+    from qcore.recipe import load_recipe
+    from qcore.target import load_target
+
+    loaded, profile = load_recipe(recipe), load_target(target)
+    step = loaded.quantize_step
+    facts: dict[str, str | int] = {"recipe": recipe, "target": target}
+    if step is not None:
+        weights, activations = profile.weight_scheme(0, bits=step.weight_bits), profile.activation_scheme()
+        per_channel = weights.axis is not None and step.per_channel is not False
+        facts |= {
+            "weights": f"{weights.dtype}, {'per channel' if per_channel else 'per tensor'}",
+            "weight_bits": weights.width,
+            "activations": f"{activations.dtype}, {'symmetric' if activations.symmetric else 'asymmetric'}",
+            "activation_bits": activations.width,
+            "ranges": step.ranges,
+        }
+    trained = loaded.training_steps
+    return {**facts, "training_seed": trained[-1].seed} if trained else facts
 
 
 def expect_model(path: Path, sha256: Digest) -> None:

@@ -33,8 +33,9 @@ class Start:
     """The first line: which run this journal is about.
 
     `task` is None in the journal of the runner itself, whose lines are all about the parent run. `adopted_run` is the
-    run that Kubeflow Pipelines made for this task; then `run_key` and `experiment` are not used. Times are milliseconds
-    since 1970.
+    run that Kubeflow Pipelines made for this task; then `run_key` and `experiment` are not used. `attempt` counts the
+    tries of a task from 0, each of which is a run of its own (None: written before attempts were told apart). `trial`
+    names one trial of a search; its run is below that of the task. Times are milliseconds since 1970.
     """
 
     task: str | None
@@ -43,6 +44,8 @@ class Start:
     run_name: str
     time_ms: int
     adopted_run: str | None = None
+    attempt: int | None = None
+    trial: str | None = None
     schema: str = SCHEMA
 
 
@@ -85,6 +88,49 @@ class Attachment:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Dataset:
+    """Samples that a run used: a name, their digest, what for (`calibration`, `evaluation` ...), where they came from.
+
+    MLflow keeps 36 characters of a digest; the whole one goes along in `source`.
+    """
+
+    name: str
+    digest: str
+    context: str
+    source: str
+    on: Scope = "task"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Version:
+    """A version of the registered model `family`, made of the files in `folder` of the parent run; one per parent."""
+
+    family: str
+    folder: str
+    description: str
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VersionTags:
+    """Tags for the version that came out of the parent run, where there is one."""
+
+    values: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alias:
+    """A name that the version of the parent run has earned at `time_ms`; the latest to earn it carries it.
+
+    `previous` is the name that the one before it carries from then on; None: that one just loses the name.
+    """
+
+    alias: str
+    time_ms: int
+    previous: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """How far the task is; for whoever watches, not for the server."""
 
@@ -102,7 +148,7 @@ class End:
     error: tuple[str, str] | None = None
 
 
-Line = Start | Params | Metrics | Tags | Attachment | Progress | End
+Line = Start | Params | Metrics | Tags | Attachment | Dataset | Version | VersionTags | Alias | Progress | End
 
 LINE_BY_OP: dict[str, type[Line]] = {kind.__name__.lower(): kind for kind in get_args(Line)}
 

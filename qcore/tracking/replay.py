@@ -15,7 +15,9 @@ from pathlib import Path
 
 from qcore.tracking.client import ClientSink
 from qcore.tracking.journal import (
+    Alias,
     Attachment,
+    Dataset,
     End,
     Journal,
     Line,
@@ -25,11 +27,25 @@ from qcore.tracking.journal import (
     Start,
     Tags,
     TrackingError,
+    Version,
+    VersionTags,
     journals,
     read_journal,
 )
+from qcore.tracking.registry import send_registry_line
 from qcore.tracking.rest import RestSink
-from qcore.tracking.sink import NAME_TAG, PARENT_TAG, RUN_KEY_TAG, TASK_TAG, Batch, MetricPoint, Sink
+from qcore.tracking.sink import (
+    ATTEMPT_TAG,
+    NAME_TAG,
+    PARENT_TAG,
+    RUN_KEY_TAG,
+    TASK_TAG,
+    TRIAL_TAG,
+    Batch,
+    MetricPoint,
+    RefusedError,
+    Sink,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,19 +101,34 @@ def open_sink(uri: str, env: Mapping[str, str], *, budget_s: float) -> Sink:
 def find_target(start: Start, sink: Sink) -> Target:
     """Return the runs of a journal, making those that are not there yet."""
     if start.adopted_run is not None:
-        return Target(experiment_id="", parent=_root(start.adopted_run, sink), task=start.adopted_run, adopted=True)
+        above = Target(experiment_id="", parent=_root(start.adopted_run, sink), task=start.adopted_run, adopted=True)
+    else:
+        above = _own_runs(start, sink)
+    if start.trial is None:
+        return above
+    base = above.run_of("task")
+    experiment_id = above.experiment_id or sink.run_facts(base).experiment_id
+    tags = {PARENT_TAG: base, TRIAL_TAG: start.trial}
+    trial = _run_with(tags, start.trial, start.time_ms, experiment_id, sink)
+    return Target(experiment_id=experiment_id, parent=above.parent, task=trial, adopted=False)
+
+
+def _own_runs(start: Start, sink: Sink) -> Target:
     experiment_id = sink.experiment(start.experiment)
-    key = {RUN_KEY_TAG: start.run_key}
-    parent = sink.find_run(experiment_id, key) or sink.create_run(
-        experiment_id, name=start.run_name, tags=key, start_ms=start.time_ms
-    )
+    parent = _run_with({RUN_KEY_TAG: start.run_key}, start.run_name, start.time_ms, experiment_id, sink)
     if start.task is None:
         return Target(experiment_id=experiment_id, parent=parent, task=None, adopted=False)
     tags = {PARENT_TAG: parent, TASK_TAG: start.task}
-    task = sink.find_run(experiment_id, tags) or sink.create_run(
-        experiment_id, name=start.task, tags=tags, start_ms=start.time_ms
-    )
+    if start.attempt is not None:
+        tags[ATTEMPT_TAG] = str(start.attempt)
+    name = f"{start.task} (attempt {start.attempt + 1})" if start.attempt else start.task
+    task = _run_with(tags, name, start.time_ms, experiment_id, sink)
     return Target(experiment_id=experiment_id, parent=parent, task=task, adopted=False)
+
+
+def _run_with(tags: Mapping[str, str], name: str, start_ms: int, experiment_id: str, sink: Sink) -> str:
+    found = sink.find_run(experiment_id, tags)
+    return found or sink.create_run(experiment_id, name=name, tags=tags, start_ms=start_ms)
 
 
 def replay_lines(lines: Sequence[Line], sink: Sink, folder: Path) -> Target:
@@ -115,20 +146,51 @@ def replay_lines(lines: Sequence[Line], sink: Sink, folder: Path) -> Target:
     if not isinstance(start, Start):
         raise TrackingError(f"journal begins with {type(start).__name__}, not with Start; it is damaged")
     target = find_target(start, sink)
-    named = {NAME_TAG: start.run_name} if start.task is None else {}  # a task may have made the run before
+    named = (
+        {NAME_TAG: start.run_name} if start.task is start.trial is None else {}
+    )  # a task may have made the run before
     batches: dict[str, Batch] = {target.run_of("task"): Batch(tags=named)}
     for line in lines[1:]:
         if isinstance(line, Params | Metrics | Tags):
             _collect(line, target, batches.setdefault(target.run_of(line.on), Batch()))
     for run_id, batch in batches.items():
         for chunk in batch.chunks():
-            sink.log(run_id, chunk)
+            _log(run_id, chunk, sink)
     for line in lines[1:]:
-        if isinstance(line, Attachment):
-            _upload(line, target, sink, folder)
-        elif isinstance(line, End) and not target.adopted:
-            sink.finish(target.run_of("task"), line.status, line.time_ms)
+        _send_line(line, target, sink, folder)
     return target
+
+
+def _send_line(line: Line, target: Target, sink: Sink, folder: Path) -> None:
+    """Send a line that has a call of its own."""
+    match line:
+        case Dataset():
+            sink.log_dataset(target.run_of(line.on), line)
+        case Attachment():
+            _upload(line, target, sink, folder)
+        case Version() | VersionTags() | Alias():
+            send_registry_line(line, target.parent, sink)
+        case End() if not target.adopted:
+            sink.finish(target.run_of("task"), line.status, line.time_ms)
+        case _:
+            pass
+
+
+def _log(run_id: str, batch: Batch, sink: Sink) -> None:
+    """Log a batch; parameters that a run has with other values stay as they are, and do not cost the rest."""
+    try:
+        sink.log(run_id, batch)
+    except RefusedError as e:
+        if e.code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST") or not batch.params:
+            raise
+        known = sink.run_facts(run_id).params
+        changed = [k for k, v in batch.params.items() if known.get(k, v) != v]
+        if not changed:
+            raise
+        for key in changed:
+            logger.warning("parameter %s of run %s stays %r, not %r", key, run_id, known[key], batch.params[key])
+        kept = {k: v for k, v in batch.params.items() if k not in changed}
+        sink.log(run_id, Batch(params=kept, tags=batch.tags, metrics=batch.metrics))
 
 
 def replay(folder: Path, uri: str, *, env: Mapping[str, str] | None = None, budget_s: float = 600.0) -> Replayed:
@@ -188,12 +250,16 @@ def _upload(line: Attachment, target: Target, sink: Sink, folder: Path) -> None:
 
 
 def _root(run_id: str, sink: Sink) -> str:
+    climbed = [run_id]
     for _ in range(MAX_HOPS):
-        parent = sink.run_tags(run_id).get(PARENT_TAG)
-        if not parent:
+        parent = sink.run_facts(climbed[-1]).tags.get(PARENT_TAG)
+        if parent in climbed:
+            logger.warning("run %s is its own ancestor; what is for the parent run goes to the task's", parent)
             return run_id
-        run_id = parent
-    return run_id
+        if not parent:
+            break
+        climbed.append(parent)
+    return climbed[-1]
 
 
 def replay_journal(journal: Journal, sink: Sink) -> Target:

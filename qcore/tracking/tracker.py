@@ -1,13 +1,16 @@
 """What a step calls to be seen: `with Tracker("quantize") as t: ... t.metrics({...})`.
 
 It only writes the journal; on leaving, the journal is sent to the server once, if there is one over http; while a model
-is trained, now and then before that. Nothing that goes wrong here reaches the step. The environment decides where to,
-because Kubeflow Pipelines hands it over that way (and keeps it out of the cache key):
+is trained, now and then before that. Nothing that goes wrong here reaches the step, and what it may cost is bounded for
+the whole run (`patience.py`). The environment decides where to, because Kubeflow Pipelines hands it over that way (and
+keeps it out of the cache key):
 
 * `MLFLOW_TRACKING_URI`: the server. A database URI is left to the process that runs the pipeline (`replay.py`).
 * `MLFLOW_RUN_ID`: the run that Kubeflow Pipelines made for this task; else `QCORE_RUN_KEY` names the parent run in the
   experiment `QCORE_EXPERIMENT`.
-* `QCORE_JOURNAL_DIR`: where the journal is kept.
+* `QCORE_JOURNAL_DIR`: where the journal is kept; a folder that all tasks of a run share.
+* `KFP_RETRY_INDEX`: which try of the task this is, from 0.
+* `QCORE_GIT_SHA` or `GIT_COMMIT`, `QCORE_IMAGE`: what is run, for the tags `git.sha` and `qcore.image`.
 """
 
 import logging
@@ -16,6 +19,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -24,9 +28,12 @@ import qcore
 from qcore.errors import QcoreError
 from qcore.files import sha256_file
 from qcore.tracking.journal import (
+    Alias,
     Attachment,
+    Dataset,
     End,
     Journal,
+    Line,
     Metrics,
     Params,
     Progress,
@@ -35,11 +42,15 @@ from qcore.tracking.journal import (
     Status,
     Tags,
     TrackingError,
+    Version,
+    VersionTags,
     now_ms,
 )
+from qcore.tracking.patience import ALONE_FIRST_ANSWER_S, ALONE_S, add_loss, read_loss, within
 from qcore.tracking.replay import is_http, replay_journal
-from qcore.tracking.rest import BUDGET_S, RestSink
+from qcore.tracking.rest import CALL_TIMEOUT_S, RestSink
 from qcore.tracking.sink import NOTE_TAG
+from qcore.trials import TrialFacts
 
 if TYPE_CHECKING:
     from qcore.methods.finetune import Epoch
@@ -73,19 +84,28 @@ class Tracker:
     `on="parent"` puts a value on the parent run, which is what a reviewer opens.
     """
 
-    def __init__(self, task: str | None, *, run_name: str | None = None, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        task: str | None,
+        *,
+        trial: str | None = None,
+        run_name: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         """Read from the environment where to write and send.
 
         Args:
             task: name of the task; None for the runner, whose journal is about the parent run itself.
+            trial: name of a trial of the task, which gets a run of its own below that of the task.
             run_name: name of the parent run, if this journal is the one to make it.
             env: the environment; default: that of the process.
         """
         self._env = dict(os.environ if env is None else env)
-        folder = self._env.get("QCORE_JOURNAL_DIR")
+        self._folder = Path(self._env["QCORE_JOURNAL_DIR"]) if self._env.get("QCORE_JOURNAL_DIR") else None
         started = time.time_ns()
-        path = Path(folder) / f"{started:020d}-{task or 'run'}.jsonl" if folder else None
+        path = self._folder / f"{started:020d}-{_file_name(task, trial)}.jsonl" if self._folder else None
         self.journal = Journal(path)
+        attempt = self._env.get("KFP_RETRY_INDEX", "")
         key = self._env.get("QCORE_RUN_KEY", "")
         self._start = Start(
             task=task,
@@ -94,14 +114,22 @@ class Tracker:
             run_name=run_name or key or "release",
             time_ms=started // 1_000_000,
             adopted_run=self._env.get("MLFLOW_RUN_ID") or None,
+            attempt=None if task is None else int(attempt) if attempt.isdecimal() else 0,
+            trial=trial,
         )
         self._next_progress = 0.0
         self._next_live = 0.0
+        self._trials = 0
 
     def __enter__(self) -> Self:
         """Write the first line."""
         self._write(self._start)
-        self.tags({"qcore.version": qcore.__version__})
+        git = self._env.get("QCORE_GIT_SHA") or self._env.get("GIT_COMMIT") or ""
+        ran = {k: v for k, v in {"git.sha": git, "qcore.image": self._env.get("QCORE_IMAGE", "")}.items() if v}
+        if ran:
+            self.tags(ran, on="parent")
+        attempt = {} if self._start.attempt is None else {"qcore.attempt": self._start.attempt}
+        self.tags({**ran, "qcore.version": qcore.__version__, **attempt})
         return self
 
     def __exit__(
@@ -114,7 +142,7 @@ class Tracker:
             self.tags({"qcore.error": f"{said[0]}: {said[1]}"})
         self._write(End(status=status, time_ms=now_ms(), error=said))
         try:
-            self._send(BUDGET_S)
+            self._send(ALONE_S)
         except (TrackingError, OSError) as e:
             kept = (
                 f"`qcore mlflow replay --journal {self.journal.path.parent} --uri URI`"
@@ -161,7 +189,7 @@ class Tracker:
 
     def tags(self, values: Mapping[str, object], *, on: Scope = "task") -> None:
         """Track tags; a value is cut at what MLflow keeps."""
-        self._write(Tags(values={_name(k): str(v)[:MAX_TAG] for k, v in values.items()}, on=on))
+        self._write(Tags(values=_texts(values), on=on))
 
     def note(self, markdown: str) -> None:
         """Set the description of the parent run."""
@@ -184,23 +212,74 @@ class Tracker:
             return
         self._write(Attachment(path=kept, name=name or path.name, folder=folder, sha256=digest, on=on))
 
+    def dataset(self, name: str, digest: str, context: str, *, source: str = "") -> None:
+        """Track which samples were used, on the run of the task and on the parent run.
+
+        Args:
+            name: of the data card and the split, such as `digits/evaluation`.
+            digest: SHA-256 of the samples as the model gets them.
+            context: what they were used for: `calibration`, `evaluation`.
+            source: where they were read from.
+        """
+        scopes: tuple[Scope, ...] = ("task", "parent")
+        for scope in scopes:
+            self._write(Dataset(name=name, digest=digest, context=context, source=source, on=scope))
+
+    def version(self, family: str, folder: str, description: str, tags: Mapping[str, object]) -> None:
+        """Register the files in `folder` of the parent run as a version of the model `family`."""
+        self._write(Version(family=family, folder=folder, description=description, tags=_texts(tags)))
+
+    def version_tags(self, values: Mapping[str, object]) -> None:
+        """Tag the version that came out of the parent run, where there is one."""
+        self._write(VersionTags(values=_texts(values)))
+
+    def alias(self, name: str, *, previous: str | None = None) -> None:
+        """Say that the version of the parent run has earned an alias now, and what the one before is called then."""
+        self._write(Alias(alias=name, previous=previous, time_ms=now_ms()))
+
+    def trial(self, facts: TrialFacts) -> None:
+        """Track a trial of a search as a run of its own, and its numbers as a series; fits `on_trial` of searches."""
+        self._trials += 1
+        with Tracker(self._start.task, trial=f"{self._trials:02d} {facts.name}", env=self._env) as t:
+            t.params(facts.params)
+            t.metrics(facts.metrics)
+        self.metrics({f"trial/{name}": value for name, value in facts.metrics.items()}, step=self._trials)
+
     def progress(self, what: str, done: int, total: int) -> None:
         """Note how far the task is, at most four times a second; fits the `progress` argument of every step."""
         if time.monotonic() >= self._next_progress or done == total:
             self._next_progress = time.monotonic() + PROGRESS_EVERY_S
             self._write(Progress(what=what, done=done, total=total))
 
-    def _write(self, line: Start | Params | Metrics | Tags | Attachment | Progress | End) -> None:
+    def _write(self, line: Line) -> None:
         try:
             self.journal.append(line)
         except OSError as e:
             logger.warning("journal %s: %s; tracking goes on without it", self.journal.path, e)
             self.journal.path = None
 
-    def _send(self, budget_s: float) -> None:
+    def _send(self, most_s: float) -> None:
+        """Send what is journaled so far, in as many seconds as the run has left for it and no more than `most_s`."""
         uri = self._env.get("MLFLOW_TRACKING_URI", "")
-        if is_http(uri) and (self._start.adopted_run or self._start.run_key):
-            replay_journal(self.journal, RestSink(uri, self._env, budget_s=budget_s))
+        if not is_http(uri) or not (self._start.adopted_run or self._start.run_key):
+            return
+        allowed, first_s = most_s, ALONE_FIRST_ANSWER_S
+        if self._folder is not None:
+            loss = read_loss(self._folder)
+            allowed, first_s = min(most_s, loss.allowance(time.time())), CALL_TIMEOUT_S
+            if allowed <= 0:
+                raise TrackingError(f"{loss.problem or f'{uri}: too slow'}; the run does not wait for it again")
+        sink = RestSink(uri, self._env, budget_s=allowed, first_answer_s=first_s)
+        so_far = Journal(self.journal.path, list(self.journal.lines))
+        started, problem = time.monotonic(), ""
+        try:
+            within(allowed, partial(replay_journal, so_far, sink))
+        except (TrackingError, OSError) as e:
+            problem = one_line(e)
+            raise
+        finally:
+            if self._folder is not None:
+                add_loss(self._folder, time.monotonic() - started, problem)
 
 
 def one_line(error: BaseException) -> str:
@@ -208,6 +287,14 @@ def one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     return text if isinstance(error, QcoreError) else text[:300]
+
+
+def _texts(values: Mapping[str, object]) -> dict[str, str]:
+    return {_name(k): str(v)[:MAX_TAG] for k, v in values.items()}
+
+
+def _file_name(task: str | None, trial: str | None) -> str:
+    return re.sub(r"[^\w.-]+", "-", "-".join(filter(None, (task or "run", trial))))[:100]
 
 
 def _name(key: str) -> str:

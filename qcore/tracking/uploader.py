@@ -1,7 +1,8 @@
 """Journals sent to the tracking server from a thread of the process that runs a pipeline, as its tasks end.
 
-Importing mlflow and creating a database happen beside the tasks instead of before or in them. A server that fails ends
-the sending, not the run; `close` waits a bounded time and says what is left to do.
+Importing mlflow and creating a database happen beside the tasks instead of before or in them. A server that fails costs
+the run nothing: what it did not take is tried again with the next journal and at the end. `close` waits a bounded time
+and says what is left to do.
 """
 
 import logging
@@ -13,12 +14,15 @@ from pathlib import Path
 
 from qcore.tracking.journal import TrackingError, read_journal
 from qcore.tracking.replay import is_http, open_sink, replay_lines, run_url
+from qcore.tracking.sink import Sink
 
 logger = logging.getLogger(__name__)
 
 PATIENCE_HTTP_S = 8.0
 PATIENCE_DATABASE_S = 120.0
 """How long `close` waits: a server may be sick, a local database is only slow."""
+BESIDE_S = 600.0
+"""What sending may take over http while tasks run: nobody waits for it, but an end must be there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +49,7 @@ class Uploader:
         self._queue: queue.Queue[Path | None] = queue.Queue()
         self._enough = threading.Event()
         self._result = Uploaded(run_id=None, url=None, problem=None)
+        self._sink: Sink | None = None
         self._thread = threading.Thread(target=self._work, name="qcore-uploader", daemon=True)
         self._thread.start()
 
@@ -69,10 +74,23 @@ class Uploader:
         return result
 
     def _work(self) -> None:
+        waiting: dict[Path, None] = {}
+        more = True
+        while more and not self._enough.is_set():
+            path = self._queue.get()
+            more = path is not None
+            if path is not None:
+                waiting[path] = None
+            if self._queue.empty() or not more:
+                self._send(waiting)
+
+    def _send(self, waiting: dict[Path, None]) -> None:
+        """Send what waits, oldest first, and forget what arrived; stop at the first that fails."""
         try:
-            sink = open_sink(self._uri, self._env, budget_s=PATIENCE_HTTP_S)
-            while (path := self._queue.get()) is not None and not self._enough.is_set():
-                target = replay_lines(read_journal(path), sink, self._folder)
+            for path in list(waiting):
+                self._sink = self._sink or open_sink(self._uri, self._env, budget_s=BESIDE_S)
+                target = replay_lines(read_journal(path), self._sink, self._folder)
+                del waiting[path]
                 self._result = Uploaded(run_id=target.parent, url=run_url(self._uri, target), problem=None)
         except (TrackingError, OSError) as e:
             self._result = Uploaded(run_id=self._result.run_id, url=self._result.url, problem=str(e))

@@ -42,6 +42,7 @@ def track_decision(tracker: Tracker, decision: GateDecision, files: VerdictFiles
         {"policy_sha256": decision.policy_sha256, "confidence": decision.confidence, "evaluation_samples": decision.n},
         on="parent",
     )
+    tracker.params({f"limit.{c.name}": c.limit for c in decision.checks}, on="parent")
     tags = {
         "qcore.gate": decision.outcome,
         "qcore.version": decision.qcore_version,
@@ -50,9 +51,10 @@ def track_decision(tracker: Tracker, decision: GateDecision, files: VerdictFiles
         "data.sha256": decision.data_sha256,
     }
     if decision.package is not None:
-        tags["qcore.gated_package.sha256"] = decision.package.sha256
+        tags["package.sha256"] = decision.package.sha256
     tracker.tags({**tags, "qcore.override": decision.who_may_override()}, on="parent")
     tracker.tags({"qcore.gate": decision.outcome})
+    track_outcome(tracker, decision.outcome)
     for path, name in (
         (files.report, "report.json"),
         (files.html, "report.html"),
@@ -84,3 +86,21 @@ def summary_metrics(report: EvaluationReport, decision: GateDecision) -> dict[st
     }
     lower = bounds.get("top1_drop")
     return values if lower is None else {**values, "top1_delta_lower": lower}
+
+
+def track_outcome(tracker: Tracker, outcome: str) -> None:
+    """Tag the registered version with the gate's outcome; only a pass makes it the `candidate`."""
+    tracker.version_tags({"qcore.gate": outcome})
+    if outcome == "pass":
+        tracker.alias("candidate")
+
+
+def track_publication(tracker: Tracker, channel: str, counter: int) -> None:
+    """Say of the registered version where it was published, and make it the `champion`.
+
+    Publishing has verified the signed pass, so the outcome is said again: where packages are made behind the gate,
+    there was no version yet when the gate spoke.
+    """
+    track_outcome(tracker, "pass")
+    tracker.version_tags({"qcore.ota.channel": channel, "qcore.ota.counter": counter})
+    tracker.alias("champion", previous="previous_champion")

@@ -1,14 +1,9 @@
 """The same journals against a local database and a real MLflow server: what a reviewer finds there."""
 
 import http.client
-import os
-import socket
-import subprocess
-import sys
+import json
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,51 +23,6 @@ from qcore.tracking.rest import RestSink
 from qcore.tracking.sink import Batch, MetricPoint
 from qcore.tracking.tracker import Tracker
 from qcore.tracking.uploader import Uploader
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_and_quiet() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        yield
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('a database')}/new/mlflow.db"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/db", "--artifacts-destination", str(folder / "artifacts")]
-    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=1).close()  # noqa: S310 - our own server
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.1)
-        else:
-            pytest.fail("mlflow server did not start within a minute")
-        yield uri
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-@pytest.fixture(params=["database", "server"])
-def uri(request: pytest.FixtureRequest) -> str:
-    value: str = request.getfixturevalue(request.param)
-    return value
 
 
 def env_of(folder: Path, key: str, **more: str) -> dict[str, str]:
@@ -188,7 +138,7 @@ def test_the_uploader_sends_journals_while_they_grow(uri: str, tmp_path: Path) -
 
 
 def test_a_long_series_is_sent_in_pieces(server: str) -> None:
-    sink = RestSink(server, {})
+    sink = RestSink(server, {}, budget_s=60)
     run = sink.create_run(sink.experiment("long"), name="r", tags={}, start_ms=1)
     batch = Batch(
         params={f"p{i}": "v" for i in range(250)},
@@ -256,39 +206,62 @@ def test_a_server_that_dies_midway_gets_the_rest_later_and_once(server: str, tmp
     expect_everything_once(server, key)
 
 
-def test_runs_that_kubeflow_made_are_adopted(server: str, tmp_path: Path) -> None:
-    client = MlflowClient(server)
-    experiment = client.create_experiment("KFP-Default")
+@pytest.mark.parametrize("injected", [True, False], ids=["adopted", "self-managed"])
+def test_what_kubeflows_launcher_logs_and_ours_do_not_meet(server: str, tmp_path: Path, injected: bool) -> None:
+    """With `injectUserEnvVars` the task gets the launcher's run, without it only the key of its own parent run."""
+    client, key = MlflowClient(server), f"launcher-{injected}"
+    experiment = client.create_experiment(f"KFP-Default {injected}")
     root = client.create_run(experiment, run_name="release run").info.run_id
     loop = client.create_run(experiment, tags={"mlflow.parentRunId": root}).info.run_id
     task = client.create_run(experiment, tags={"mlflow.parentRunId": loop}).info.run_id
-    env = env_of(tmp_path / "journal", "unused", MLFLOW_TRACKING_URI=server, MLFLOW_RUN_ID=task)
+    adopted = {"MLFLOW_RUN_ID": task} if injected else {}
+    env = env_of(tmp_path / "journal", key, MLFLOW_TRACKING_URI=server, **adopted)
+    inputs = {"split": "evaluation", "data_sha256": "", "scheme": "dynamic-int8", "n": 697}
     output = dsl.Metrics(name="metrics", uri=str(tmp_path / "m"))
 
     with Tracker("evaluate", env=env) as t:
-        t.params({"split": "evaluation"})
-        t.metrics({"top1": 0.5}, kfp=output)
-        t.metrics({"series": 1.0}, step=1)
+        t.params(inputs)
+        t.metrics({"top1": 0.5, "n": 697}, kfp=output)
+        for step in (1, 2):
+            t.metrics({"series": 1.0 / step}, step=step)
+        t.dataset("digits/evaluation", "e" * 64, "evaluation")
         t.metrics({"top1": 0.5}, on="parent")
         t.tags({"qcore.gate": "pass"}, on="parent")
         t.note("verdict")
-    launcher_log(client, task, {"split": '"evaluation"'}, output.metadata)
-    replay(tmp_path / "journal", server)
-
-    run, parent = client.get_run(task), client.get_run(root)
-    assert run.info.status == parent.info.status == "RUNNING"
-    assert run.data.params == {"split": '"evaluation"'}
-    assert {k: len(client.get_metric_history(task, k)) for k in run.data.metrics} == {"top1": 1, "series": 1}
-    assert parent.data.metrics == {"top1": 0.5}
-    assert parent.data.tags["qcore.gate"] == "pass"
-    assert parent.data.tags["mlflow.note.content"] == "verdict"
+    assert client.get_run(task).info.status == "RUNNING"
+    launcher_ends(client, task, inputs, output.metadata)
+    for _ in range(2):  # also late, on a run that the launcher has ended
+        replay(tmp_path / "journal", server)
+        theirs = client.get_run(task)
+        assert theirs.info.status == "FINISHED"
+        assert theirs.data.params == {k: json.dumps(v) for k, v in inputs.items()}
+        ours, parent = (theirs, client.get_run(root)) if injected else own_runs(server, key)
+        assert points(client, theirs) == {"top1": 1, "n": 1, **({"series": 2} if injected else {})}
+        assert points(client, ours) == {"top1": 1, "n": 1, "series": 2}
+        assert [i.dataset.name for i in ours.inputs.dataset_inputs] == ["digits/evaluation"]
+        assert parent.info.status == "RUNNING"
+        assert parent.data.metrics == {"top1": 0.5}
+        assert parent.data.tags["qcore.gate"] == "pass"
+        assert parent.data.tags["mlflow.note.content"] == "verdict"
+    if not injected:
+        assert ours.data.params == {k: str(v) for k, v in inputs.items()}
     assert len(client.search_runs([experiment])) == 3
 
 
-def launcher_log(client: MlflowClient, run_id: str, params: dict[str, str], scalars: dict[str, Any]) -> None:
-    """Log as KFP's launcher does after the task: one batch, refused whole if a parameter changes."""
+def own_runs(server: str, key: str) -> tuple[Run, Run]:
+    parent, children = runs_of(server, key)
+    return children["evaluate"], parent
+
+
+def points(client: MlflowClient, run: Run) -> dict[str, int]:
+    return {k: len(client.get_metric_history(run.info.run_id, k)) for k in run.data.metrics}
+
+
+def launcher_ends(client: MlflowClient, run_id: str, inputs: dict[str, Any], scalars: dict[str, Any]) -> None:
+    """Do what KFP's launcher does after a task: one batch, refused whole if a parameter changes, and the status."""
     points = [Metric(k, v, int(time.time() * 1000), 0) for k, v in scalars.items()]
-    client.log_batch(run_id, metrics=points, params=[Param(k, v) for k, v in params.items()])
+    client.log_batch(run_id, metrics=points, params=[Param(k, json.dumps(v)) for k, v in inputs.items()])
+    client.set_terminated(run_id, "FINISHED")
 
 
 def test_a_key_that_no_filter_can_hold_is_refused(database: str, tmp_path: Path) -> None:
