@@ -13,12 +13,12 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulators import package_source
+from simulators import COMPAT, CPU, package_source
 
 from qcore.canonical import canonical_json
 from qcore.errors import PackageError
-from qcore.release.manifest import MODEL, Golden, ReleaseManifest, manifest_from_json
-from qcore.release.package import build_package, read_manifest, unpack_package
+from qcore.release.manifest import LABELS, MEMBERS, MODEL, Golden, ReleaseManifest, Tolerance, manifest_from_json
+from qcore.release.package import MANIFEST, build_package, read_manifest, unpack_package
 
 Members = list[tuple[tarfile.TarInfo, bytes]]
 
@@ -65,11 +65,11 @@ def test_equal_inputs_give_equal_bytes_whatever_the_folder_and_time(tmp_path: Pa
 
 def test_any_tar_and_zstd_can_read_it_manifest_first(package: Path) -> None:
     found = members_of(package)
-    assert [info.name for info, _ in found] == ["manifest.json", "golden.npz.zst", "labels.json.zst", "model.onnx.zst"]
+    assert [info.name for info, _ in found] == [f"{n}.zst" if n != MANIFEST else n for n in (MANIFEST, *MEMBERS)]
     assert {(i.mtime, i.uid, i.gid, i.mode) for i, _ in found} == {(0, 0, 0, 0o644)}
     manifest = json.loads(found[0][1])
-    model = zstandard.ZstdDecompressor().decompress(found[-1][1])
-    assert hashlib.sha256(model).hexdigest() == manifest["members"][-1]["sha256"]
+    model = zstandard.ZstdDecompressor().decompress(found[4][1])
+    assert hashlib.sha256(model).hexdigest() == manifest["members"][3]["sha256"]
 
 
 def test_what_went_in_comes_out(tmp_path: Path) -> None:
@@ -77,19 +77,16 @@ def test_what_went_in_comes_out(tmp_path: Path) -> None:
     built = build_package(source, tmp_path / "p.qpkg")
     manifest = unpack_package(built.path, tmp_path / "slot")
     assert manifest == built.manifest == read_manifest(built.path)
-    for name in ("model.onnx", "golden.npz", "labels.json"):
+    for name in MEMBERS:
         assert (tmp_path / "slot" / name).read_bytes() == (tmp_path / "src" / name).read_bytes()
-    assert sorted(p.name for p in (tmp_path / "slot").iterdir()) == [
-        "golden.npz",
-        "labels.json",
-        "manifest.json",
-        "model.onnx",
-    ]
+    assert sorted(p.name for p in (tmp_path / "slot").iterdir()) == sorted([MANIFEST, *MEMBERS])
 
 
 def test_labels_are_optional(tmp_path: Path) -> None:
     built = build_package(replace(package_source(tmp_path / "src"), labels=None), tmp_path / "p.qpkg")
-    assert [m.path for m in unpack_package(built.path, tmp_path / "slot").members] == ["golden.npz", "model.onnx"]
+    assert [m.path for m in unpack_package(built.path, tmp_path / "slot").members] == [
+        m for m in MEMBERS if m != LABELS
+    ]
 
 
 def test_a_missing_or_empty_input_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -101,6 +98,11 @@ def test_a_missing_or_empty_input_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def instead(m: Members, other: tuple[tarfile.TarInfo, bytes]) -> Members:
+    """Return the members with another one where golden.npz is."""
+    return [*m[:2], other, *m[3:]]
+
+
 def twice(m: Members, i: int) -> Members:
     return [*m[: i + 1], m[i], *m[i + 1 :]]
 
@@ -108,22 +110,25 @@ def twice(m: Members, i: int) -> Members:
 @pytest.mark.parametrize(
     ("attack", "message"),
     [
-        (lambda m: twice(m, 3), "file 'model.onnx.zst' where|padding is not zero|bytes after"),
-        (lambda m: twice(m, 1), "found file 'golden.npz.zst' where labels.json.zst"),
-        (lambda m: twice(m, 0), "found file 'manifest.json' where golden.npz.zst"),
+        (lambda m: twice(m, 5), "file 'sbom.cdx.json.zst' where|padding is not zero|bytes after"),
+        (lambda m: twice(m, 2), "found file 'golden.npz.zst' where labels.json.zst"),
+        (lambda m: twice(m, 0), "found file 'manifest.json' where card.md.zst"),
         (lambda m: [*m, file("extra.txt", b"x")], "end of archive"),
-        (lambda m: m[:-1], "the end of the archive where model.onnx.zst"),
-        (lambda m: m[:1], "the end of the archive where golden.npz.zst"),
-        (lambda m: [m[0], m[2], m[1], m[3]], "found file 'labels.json.zst' where golden.npz.zst"),
-        (lambda m: m[1:], "starts with file 'golden.npz.zst', expected manifest.json"),
-        (lambda m: [m[0], file("../golden.npz.zst", m[1][1]), *m[2:]], "found file '../golden.npz.zst' where"),
-        (lambda m: [m[0], file("/etc/golden.npz.zst", m[1][1]), *m[2:]], "found file '/etc/golden.npz.zst' where"),
-        (lambda m: [m[0], file("GOLDEN.npz.zst", m[1][1]), *m[2:]], "found file 'GOLDEN.npz.zst' where"),
-        (lambda m: [m[0], special("golden.npz.zst", tarfile.SYMTYPE, "/etc/passwd"), *m[2:]], "found symbolic link"),
-        (lambda m: [m[0], special("golden.npz.zst", tarfile.LNKTYPE, "manifest.json"), *m[2:]], "found hard link"),
-        (lambda m: [m[0], special("golden.npz.zst", tarfile.FIFOTYPE), *m[2:]], "found special file"),
-        (lambda m: [m[0], special("golden.npz.zst", tarfile.CHRTYPE), *m[2:]], "found special file"),
-        (lambda m: [m[0], special("golden.npz.zst", tarfile.DIRTYPE), *m[2:]], "found folder"),
+        (lambda m: m[:-1], "the end of the archive where sbom.cdx.json.zst"),
+        (lambda m: m[:1], "the end of the archive where card.md.zst"),
+        (lambda m: [*m[:2], m[3], m[2], *m[4:]], "found file 'labels.json.zst' where golden.npz.zst"),
+        (lambda m: m[1:], "starts with file 'card.md.zst', expected manifest.json"),
+        (lambda m: instead(m, file("../golden.npz.zst", m[2][1])), "found file '../golden.npz.zst' where"),
+        (lambda m: instead(m, file("/etc/golden.npz.zst", m[2][1])), "found file '/etc/golden.npz.zst' where"),
+        (lambda m: instead(m, file("a/../../golden.npz.zst", m[2][1])), "found file 'a/../../golden.npz.zst' where"),
+        (lambda m: instead(m, file("GOLDEN.npz.zst", m[2][1])), "found file 'GOLDEN.npz.zst' where"),
+        (lambda m: instead(m, file("golden.npz.zs\u0165", m[2][1])), "found file 'golden.npz.zs.+ where"),
+        (lambda m: instead(m, special("golden.npz.zst", tarfile.SYMTYPE, "/etc/passwd")), "found symbolic link"),
+        (lambda m: instead(m, special("golden.npz.zst", tarfile.LNKTYPE, "manifest.json")), "found hard link"),
+        (lambda m: instead(m, special("golden.npz.zst", tarfile.FIFOTYPE)), "found special file"),
+        (lambda m: instead(m, special("golden.npz.zst", tarfile.CHRTYPE)), "found special file"),
+        (lambda m: instead(m, special("golden.npz.zst", tarfile.BLKTYPE)), "found special file"),
+        (lambda m: instead(m, special("golden.npz.zst", tarfile.DIRTYPE)), "found folder"),
     ],
 )
 def test_every_other_archive_is_refused(
@@ -142,8 +147,16 @@ def with_manifest(found: Members, changes: dict[str, Any]) -> Members:
 def with_golden(members: Members, stored: bytes, **stated: Any) -> Members:
     """Return the members with other stored bytes of golden.npz, and a manifest that vouches for their size."""
     listed = json.loads(members[0][1])["members"]
-    listed[0] |= {"stored_size_bytes": len(stored), **stated}
-    return [with_manifest(members, {"members": listed})[0], file("golden.npz.zst", stored), *members[2:]]
+    listed[1] |= {"stored_size_bytes": len(stored), **stated}
+    return instead(with_manifest(members, {"members": listed}), file("golden.npz.zst", stored))
+
+
+def limits(n: object = 5, **changes: object) -> dict[str, object]:
+    return {"n": n, "tolerances": [{"provider": CPU, "max_abs_error": 0.1, "argmax_agreement": 1.0, **changes}]}
+
+
+def needs(**changes: object) -> dict[str, object]:
+    return {**COMPAT.to_json(), **changes}
 
 
 def undeclared(data: bytes) -> bytes:
@@ -189,17 +202,35 @@ def test_payloads_that_are_not_the_stated_bytes_are_refused(package: Path, tmp_p
 @pytest.mark.parametrize(
     "changes",
     [
-        {"schema": "qcore.manifest/1"},
+        {"schema": "qcore.manifest/2"},
         {"surprise": 1},
         {"family": "../x"},
         {"version": "1.0/../../x"},
         {"members": []},
         {"members": "model.onnx"},
         {"members": [{"path": "/etc/passwd", "size_bytes": 1, "stored_size_bytes": 1, "sha256": "0" * 64}]},
-        {"golden": {"n": 0, "max_abs_error": 0.1, "argmax_agreement": 1.0}},
-        {"golden": {"n": True, "max_abs_error": 0.1, "argmax_agreement": 1.0}},
-        {"golden": {"n": 1, "max_abs_error": -0.1, "argmax_agreement": 1.0}},
-        {"compat": {"hardware": [], "onnxruntime": "1", "opset": 17, "providers": []}},
+        {"golden": limits(n=0)},
+        {"golden": limits(n=True)},
+        {"golden": limits(max_abs_error=-0.1)},
+        {"golden": limits(argmax_agreement=1.1)},
+        {"golden": limits(provider="QNNExecutionProvider")},
+        {"golden": {**limits(), "tolerances": []}},
+        {"golden": {**limits(), "tolerances": None}},
+        {"compat": needs(hardware=[])},
+        {"compat": needs(providers=[])},
+        {"compat": needs(providers=[CPU, CPU])},
+        {"compat": needs(opset=0)},
+        {"compat": needs(opset=True)},
+        {"compat": needs(control_flow=0)},
+        {"compat": needs(memory_bytes=0)},
+        {"compat": needs(memory_bytes=1.5)},
+        {"compat": needs(cpu_features=["avx2"])},
+        {"compat": needs(cpu_features=[[]])},
+        {"compat": needs(cpu_features=[[1]])},
+        {"compat": needs(onnxruntime="1.24")},
+        {"compat": needs(onnxruntime={"minimum": "1.24", "tested": "1.23", "below": "2"})},
+        {"compat": needs(onnxruntime={"minimum": "1.24", "tested": "2.0", "below": "2"})},
+        {"compat": needs(onnxruntime={"minimum": "one", "tested": "1", "below": "2"})},
         {"compat": None},
         {"inputs": [{"name": "x", "dtype": "float32", "shape": [1.5]}]},
     ],
@@ -208,7 +239,7 @@ def test_a_manifest_with_anything_unknown_or_out_of_range_is_refused(
     package: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     bad = write_tar(tmp_path / "bad.qpkg", with_manifest(members_of(package), changes))
-    with pytest.raises(PackageError, match=r"manifest|is not allowed") as e:
+    with pytest.raises(PackageError, match=r"manifest|is not allowed|does not begin") as e:
         read_manifest(bad)
     assert "\n" not in str(e.value)
 
@@ -232,8 +263,9 @@ def test_manifest_json_round_trip_keeps_the_value(package: Path) -> None:
 
 def test_the_value_itself_holds_its_invariants(package: Path) -> None:
     manifest = read_manifest(package)
+    bad = Golden(n=1, tolerances=(Tolerance(provider=CPU, max_abs_error=float("nan"), argmax_agreement=1.0),))
     with pytest.raises(PackageError, match="golden limits"):
-        replace(manifest, golden=Golden(n=1, max_abs_error=float("nan"), argmax_agreement=1.0))
+        replace(manifest, golden=bad)
     with pytest.raises(PackageError, match="members"):
         ReleaseManifest(**{**{f: getattr(manifest, f) for f in manifest.__slots__}, "members": ()})
 
