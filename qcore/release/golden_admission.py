@@ -20,6 +20,7 @@ from qcore.release.manifest import ReleaseManifest, TensorInfo
 
 MAX_HEADER_BYTES = 1 << 12
 MAX_ARRAYS = 256
+MAX_RANK = 32
 _MAGIC = re.compile(rb"\x93NUMPY([\x01\x02\x03])\x00", re.DOTALL)
 _HEADER = re.compile(
     r"\{'descr': '[<|]([fiubUS])(\d{1,6})', 'fortran_order': (?:False|True), "
@@ -48,8 +49,9 @@ def admit_golden(path: Path, manifest: ReleaseManifest) -> None:
             found = sorted(m.filename for m in members)
             if found != sorted(wanted) or len(found) > MAX_ARRAYS:
                 raise PackageError(f"{path.name}: holds {found[:8]}, expected {sorted(wanted)[:8]}; {_AGAIN}")
-            if sum(m.file_size for m in members) > size:
-                raise PackageError(f"{path.name}: its members overlap or are cut short; {_AGAIN}")
+            offsets = [m.header_offset for m in members]
+            if sum(m.compress_size for m in members) > size or min(offsets) != 0 or max(offsets) >= size:
+                raise PackageError(f"{path.name}: its members overlap, are cut short, or something precedes; {_AGAIN}")
             for member in members:
                 shape = _admit_member(archive, member)
                 if member.filename.startswith("output:") and shape[:1] != (manifest.golden.n,):
@@ -91,4 +93,6 @@ def _header(f: IO[bytes], name: str) -> tuple[tuple[int, ...], int, int]:
             f"{name}: header {text[:60]!r} is not one of plain numbers or text; objects are never loaded; {_AGAIN}"
         )
     shape = tuple(int(s) for s in header[3].replace(" ", "").split(",") if s)
+    if len(shape) > MAX_RANK:
+        raise PackageError(f"{name}: {len(shape)} dimensions; allowed: {MAX_RANK}; {_AGAIN}")
     return shape, int(header[2]) * _ELEMENTS.get(header[1], 1), 8 + width + length

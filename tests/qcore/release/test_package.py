@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,24 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulators import COMPAT, CPU, package_source
+from securesystemslib.signer import CryptoSigner
+from simulators import COMPAT, CPU, about, now, package_source, run_python
 
 from qcore.canonical import canonical_json
-from qcore.errors import PackageError
+from qcore.errors import GateRefused, ModelError, PackageError
+from qcore.release.admission import admit_file
+from qcore.release.cosign import Proof, check_evidence
+from qcore.release.evidence import sign_decision
 from qcore.release.manifest import LABELS, MEMBERS, MODEL, Golden, ReleaseManifest, Tolerance, manifest_from_json
-from qcore.release.package import MANIFEST, build_package, read_manifest, unpack_package
+from qcore.release.package import (
+    MANIFEST,
+    MAX_PACKAGE_BYTES,
+    Package,
+    build_package,
+    read_manifest,
+    unpack_package,
+)
+from qcore.release.subject import opened_package
 
 Members = list[tuple[tarfile.TarInfo, bytes]]
 
@@ -277,31 +290,125 @@ def test_a_file_that_is_no_package_is_said_to_be_none(tmp_path: Path, data: byte
         read_manifest(tmp_path / "x.qpkg")
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(st.data())
-def test_any_changed_byte_is_refused_or_leaves_every_file_as_it_was(package: Path, data: st.DataObject) -> None:
-    original = package.read_bytes()
-    position = data.draw(st.integers(0, len(original) - 1))
-    changed = bytearray(original)
-    changed[position] ^= data.draw(st.integers(1, 255))
-    bad = package.with_suffix(".changed")
-    bad.write_bytes(changed)
-    slot = package.parent / f"slot-{data.draw(st.uuids())}"
-    try:
-        manifest = unpack_package(bad, slot)
-    except PackageError:
+LIMIT_RSS = """
+import resource, sys
+from pathlib import Path
+from qcore.errors import PackageError
+from qcore.release.package import unpack_package
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    unpack_package(Path(sys.argv[1]), Path(sys.argv[2]))
+except PackageError as e:
+    print(e)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("pack", [zstandard.compress, undeclared], ids=["declared", "undeclared"])
+def test_a_zstd_bomb_takes_no_memory(package: Path, tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    """256 MiB in a few kB: the reader's own process grows by less than its window and two chunks."""
+    bomb = pack(bytes(1 << 28))
+    bad = write_tar(tmp_path / "bomb.qpkg", with_golden(members_of(package), bomb, size_bytes=1 << 28))
+    done = run_python(["-c", LIMIT_RSS, str(bad), str(tmp_path / "slot")])
+    message, grown_kib = done.stdout.strip().splitlines()
+    assert "bytes differ from the manifest" in message  # all of it was decoded, as its manifest says, and hashed
+    assert int(grown_kib) < 24 << 10
+
+
+@pytest.mark.parametrize("size", [(1 << 31) - 1, 1 << 31, (1 << 31) + 1, 1 << 32])
+def test_around_two_gigabytes_the_first_field_decides_or_the_size(tmp_path: Path, size: int) -> None:
+    """Sparse files: sizes are looked at before anything is read, hashed or allocated (RAUC's CVE-2026-34155)."""
+    huge = tmp_path / "huge"
+    with huge.open("wb") as f:
+        f.truncate(size)
+    with pytest.raises(
+        ModelError, match="field 0" if size < 1 << 31 else f"has {size} bytes; admitted: 1 to 2147483647"
+    ):
+        admit_file(huge)
+    if size >= 1 << 31:
+        source = replace(package_source(tmp_path / "src"), model=huge)
+        with pytest.raises(PackageError, match=f"has {size} bytes; allowed: 1 to 2147483647 for model.onnx"):
+            build_package(source, tmp_path / "p.qpkg")
+        assert not (tmp_path / "p.qpkg").exists()
+    with pytest.raises(PackageError, match="not a package" if size <= MAX_PACKAGE_BYTES else "has 4294967296 bytes"):
+        unpack_or_open(huge, size)
+
+
+def unpack_or_open(path: Path, size: int) -> None:
+    """Read the package as a device does, and as the gate does where that would not read gigabytes."""
+    if size <= MAX_PACKAGE_BYTES:
+        read_manifest(path)
         return
-    files = {m.path: m.sha256 for m in manifest.members}  # its other fields are for the outer, signed digest to hold
-    assert files == {m.path: m.sha256 for m in read_manifest(package).members}
-    assert files == {name: hashlib.sha256((slot / name).read_bytes()).hexdigest() for name in files}
+    with opened_package(path):
+        pass
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_manifest_cannot_claim_a_member_of_two_gigabytes(package: Path, tmp_path: Path) -> None:
+    for key in ("size_bytes", "stored_size_bytes"):
+        for value in (1 << 31, 1 << 63, 0, -1):
+            listed = json.loads(members_of(package)[0][1])["members"]
+            listed[3] |= {key: value}
+            bad = write_tar(tmp_path / "bad.qpkg", with_manifest(members_of(package), {"members": listed}))
+            with pytest.raises(PackageError, match=r"manifest: model\.onnx of"):
+                read_manifest(bad)
+
+
+SIGNER = CryptoSigner.generate_ed25519()
+
+
+def edited(original: bytes, data: st.DataObject) -> bytes:
+    """Return other bytes: one is flipped, added, taken away, or the end is cut or longer."""
+    position = data.draw(st.integers(0, len(original) - 1), "position")
+    byte = data.draw(st.integers(1, 255), "byte")
+    match data.draw(st.sampled_from(["flip", "insert", "delete", "truncate", "append"]), "edit"):
+        case "flip":
+            return original[:position] + bytes([original[position] ^ byte]) + original[position + 1 :]
+        case "insert":
+            return original[:position] + bytes([byte]) + original[position:]
+        case "delete":
+            return original[:position] + original[position + 1 :]
+        case "truncate":
+            return original[:position]
+        case _:
+            return original + bytes([byte - 1])
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.data())
-def test_a_cut_package_is_refused(package: Path, data: st.DataObject) -> None:
+def test_any_edit_is_refused_or_leaves_every_file_as_it_was(package: Path, data: st.DataObject) -> None:
+    """The reader alone: what it accepts holds the same files. What else a manifest says, the signature holds (below)."""
+    bad = package.with_suffix(".changed")
+    bad.write_bytes(edited(package.read_bytes(), data))
+    with tempfile.TemporaryDirectory(dir=package.parent) as folder:
+        slot = Path(folder) / "slot"
+        try:
+            manifest = unpack_package(bad, slot)
+        except PackageError as e:
+            assert "\n" not in str(e)
+            return
+        files = {m.path: m.sha256 for m in manifest.members}
+        assert files == {m.path: m.sha256 for m in read_manifest(package).members}
+        assert files == {name: hashlib.sha256((slot / name).read_bytes()).hexdigest() for name in files}
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_no_edited_package_is_one_that_the_gate_passed(package: Path, data: st.DataObject) -> None:
+    """The release as a whole: whatever single byte changes, the signed evidence is about other bytes."""
     original = package.read_bytes()
-    length = data.draw(st.integers(0, len(original) - 1))
-    bad = package.with_suffix(".cut")
-    bad.write_bytes(original[:length])
-    with pytest.raises(PackageError):
-        unpack_package(bad, package.parent / f"cut-{length}-{data.draw(st.uuids())}")
+    whole = Package(
+        path=package,
+        sha256=hashlib.sha256(original).hexdigest(),
+        size_bytes=len(original),
+        manifest=read_manifest(package),
+    )
+    evidence = sign_decision(about(whole), SIGNER)
+    bad = package.with_suffix(".edited")
+    bad.write_bytes(edited(original, data))
+    try:
+        with opened_package(bad) as opened:
+            proof = Proof(sha256=opened.sha256, manifest=opened.manifest, evidence=evidence)
+            with pytest.raises(GateRefused):
+                check_evidence(proof, [SIGNER.public_key], now())
+    except PackageError as e:
+        assert "\n" not in str(e)
