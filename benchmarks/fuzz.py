@@ -8,10 +8,13 @@ writes the input to `crash-*`. Exit code 0: none found.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
+import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,14 +27,17 @@ with atheris.instrument_imports(include=["qcore"]):
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-WORK = Path(tempfile.mkdtemp(prefix="qcore-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+WORK = Path(tempfile.mkdtemp(prefix="qcore-fuzz-"))
 Target = Callable[[bytes], None]
 
 
 def read_package(data: bytes) -> None:
-    """Whatever is unpacked lies in its folder and is what the manifest says."""
+    """Whatever is unpacked lies in its folder and is what the manifest says.
+
+    Bytes that begin with an odd one are tried as the stored frame of golden.npz in an archive that is right otherwise.
+    """
     path, slot = WORK / "p.qpkg", WORK / "slot"
-    path.write_bytes(data)
+    path.write_bytes(around(data[1:]) if data[:1] and data[0] & 1 else data)
     try:
         found = package.unpack_package(path, slot)
         assert {p.name for p in slot.iterdir()} == {package.MANIFEST, *(m.path for m in found.members)}
@@ -41,6 +47,26 @@ def read_package(data: bytes) -> None:
             p.unlink()
         if slot.is_dir():
             slot.rmdir()
+
+
+def around(frame: bytes) -> bytes:
+    """Return a package whose manifest vouches for the size of `frame`, but not for what is in it."""
+    members = tuple(
+        dataclasses.replace(m, stored_size_bytes=max(1, len(frame))) if m.path == manifest.GOLDEN else m
+        for m in MANIFEST.members
+    )
+    head = canonical_json(dataclasses.replace(MANIFEST, members=members).to_json())
+    parts = [tar_member(package.MANIFEST, head)]
+    parts += [tar_member(f"{m.path}.zst", frame if m.path == manifest.GOLDEN else FRAMES[m.path]) for m in members]
+    body = b"".join(parts)
+    return body + bytes(1024 + -(len(body) + 1024) % tarfile.RECORDSIZE)
+
+
+def tar_member(name: str, content: bytes) -> bytes:
+    """Return header, content and padding of one member."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    return info.tobuf(format=tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
 
 
 def read_manifest(data: bytes) -> None:
@@ -62,16 +88,22 @@ def read_model(data: bytes) -> None:
 
 
 def read_golden(data: bytes) -> None:
-    """What is admitted asks for no more memory than it has bytes."""
+    """What is admitted asks for no more memory than it has bytes.
+
+    Bytes that begin with an odd one are tried as the input array in an archive that is right otherwise.
+    """
     path = WORK / "g.npz"
     path.write_bytes(data)
+    if data[:1] and data[0] & 1:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("input:x.npy", data[1:])
+            archive.writestr("output:y.npy", ANSWERS)
     golden_admission.admit_golden(path, MANIFEST)
 
 
 def read_evidence(data: bytes) -> None:
-    """Nothing is accepted without the key's signature."""
-    evidence.verify_evidence(data, [KEY])
-    assert data == SEEDS["evidence"] or json.loads(data) is not None
+    """Nothing is accepted without the key's signature: what is, says what the seed says."""
+    assert evidence.verify_evidence(data, [KEY]) == DECISION
 
 
 TARGETS: dict[str, Target] = {
@@ -82,23 +114,27 @@ TARGETS: dict[str, Target] = {
     "evidence": read_evidence,
 }
 SEEDS: dict[str, bytes] = {}
+FRAMES: dict[str, bytes] = {}
 
 
 def make_seeds() -> None:
-    """Fill SEEDS with one good input of each kind; the package's manifest and a gate key are kept beside them."""
-    global MANIFEST, KEY
+    """Fill SEEDS with one good input of each kind, and keep what the readers' promises are held against."""
+    global ANSWERS, DECISION, KEY, MANIFEST
     from securesystemslib.signer import CryptoSigner
     from simulators import about, package_source
 
     source = package_source(WORK / "src")
     built = package.build_package(source, WORK / "seed.qpkg")
     signer = CryptoSigner.generate_ed25519()
-    MANIFEST, KEY = built.manifest, signer.public_key
+    MANIFEST, KEY, DECISION = built.manifest, signer.public_key, about(built)
+    ANSWERS = zipfile.ZipFile(source.golden).read("output:y.npy")
+    with tarfile.open(built.path) as tar:
+        FRAMES.update({i.name.removesuffix(".zst"): tar.extractfile(i).read() for i in tar})  # type: ignore[union-attr]  # files
     SEEDS["package"] = built.path.read_bytes()
     SEEDS["manifest"] = canonical_json(built.manifest.to_json())
     SEEDS["admission"] = source.model.read_bytes()
     SEEDS["golden"] = source.golden.read_bytes()
-    SEEDS["evidence"] = evidence.sign_decision(about(built), signer)
+    SEEDS["evidence"] = evidence.sign_decision(DECISION, signer)
 
 
 def one_input(target: Target) -> Target:
@@ -124,6 +160,12 @@ def main() -> None:
     corpus = WORK / "corpus"
     corpus.mkdir()
     (corpus / "seed").write_bytes(SEEDS[args.target])
+    inner = {
+        "package": FRAMES[manifest.GOLDEN],
+        "golden": zipfile.ZipFile(WORK / "src" / "golden.npz").read("input:x.npy"),
+    }
+    if args.target in inner:
+        (corpus / "inner").write_bytes(b"\x01" + inner[args.target])
     limits = [
         "-timeout=10",
         "-rss_limit_mb=2048",

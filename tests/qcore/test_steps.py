@@ -22,6 +22,7 @@ from qcore.release.keys import create_keys, load_keys
 from qcore.release.package import PackageSource, build_package, unpack_package
 from qcore.release.repository import init_repository
 from qcore.release.store import DirectoryStore
+from qcore.release.subject import opened_package
 
 
 @pytest.fixture
@@ -156,6 +157,34 @@ def test_a_package_names_the_target_that_the_model_was_quantized_for(measured, t
     with pytest.raises(PackageError, match="quantized for arm-dotprod, the package is to be for x86-vnni"):
         steps.package(**source, target="x86-vnni", out=tmp_path / "b.qpkg")
     assert not (tmp_path / "b.qpkg").exists()
+
+
+def test_what_devices_would_not_load_is_not_packaged(measured, tmp_path):
+    _, source = measured
+    model = onnx.load(source["model"])
+    body = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", [model.graph.output[0].name], ["same"])],
+        "body",
+        [],
+        [onnx.helper.make_tensor_value_info("same", 1, None)],
+    )
+    yes = onnx.numpy_helper.from_array(np.bool_(True), "yes")
+    branching = onnx.helper.make_node("If", ["yes"], ["z"], then_branch=body, else_branch=body)
+    model.graph.initializer.append(yes)
+    model.graph.node.append(branching)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("z", 1, ["N", 4]))
+    source["model"] = tmp_path / "branching.onnx"
+    onnx.save(model, source["model"])
+    with pytest.raises(ModelError, match=r"If is control flow.*declare it"):
+        steps.package(**source, out=tmp_path / "p.qpkg")
+    assert not (tmp_path / "p.qpkg").exists()
+    declared = steps.package(**source, control_flow=True, out=tmp_path / "p.qpkg")
+    assert declared.manifest.compat.control_flow
+    with opened_package(declared.path) as opened:  # as gate, publisher and auditor do
+        assert opened.manifest == declared.manifest
+    hidden = rebuilt(declared.path, tmp_path, compat=replace(declared.manifest.compat, control_flow=False))
+    with pytest.raises(PackageError, match="If is control flow"), opened_package(hidden.path):
+        pass
 
 
 def rebuilt(package, tmp_path, **changes):
