@@ -64,8 +64,30 @@ def _calibration_error(side: ByModel) -> float:
 def area_metrics(label: Sequence[int], scores: Values) -> dict[str, float]:
     """Return the areas under the ROC curves; there must be samples of both kinds."""
     positive = np.array(label) == 1
-    sides = {"auc": scores.candidate, "baseline_auc": scores.baseline}
-    return {name: roc_area(positive, np.array(column, np.float64)) for name, column in sides.items()}
+    return {k: roc_area(positive, np.array(column, np.float64)) for k, column in _sides("auc", scores).items()}
+
+
+def means(name: str, values: Values) -> dict[str, float]:
+    """Return the means of a column: `name` of the candidate, `baseline_name`, `champion_name` where there is one."""
+    return {k: mean(column) for k, column in _sides(name, values).items()}
+
+
+def _sides(name: str, values: Values) -> dict[str, Sequence[float]]:
+    sides: dict[str, Sequence[float]] = {name: values.candidate, f"baseline_{name}": values.baseline}
+    return sides if values.champion is None else {**sides, f"champion_{name}": values.champion}
+
+
+def agreements(baseline: Sequence[int], candidate: Sequence[int], champion: Sequence[int] | None) -> dict[str, float]:
+    """Return the share of samples on which the candidate names the baseline's class, and that of the champion."""
+    theirs = np.array(baseline)
+    sides = {"agreement": candidate} | ({} if champion is None else {"champion_agreement": champion})
+    return {name: float(np.mean(theirs == np.array(column))) for name, column in sides.items()}
+
+
+def champion_metrics(paired: PairedCounts, top5: PairedCounts | None) -> dict[str, float]:
+    """Return the champion's top-1 and top-5, from its counts against the candidate."""
+    counts = {"top1": paired} | ({} if top5 is None else {"top5": top5})
+    return {f"champion_{k}": (c.both_right + c.only_baseline_right) / c.n for k, c in counts.items()}
 
 
 def mean(values: Sequence[float]) -> float:

@@ -1,7 +1,8 @@
 """Part of an evaluation: what one process measured on consecutive samples of a split, and how parts become a report.
 
-An evaluation in one process is the part that holds all samples, so that shards merge to its bytes; only latency
-differs, as it does between any two runs. It is measured by the part with the first sample.
+An evaluation in one process is the part that holds all samples, so that shards merge to its bytes; only latency and
+the time of measuring differ, as they do between any two runs. Latency is measured by the part with the first sample;
+the time is that of the part that began first, since a report is as old as the oldest thing in it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from qcore.canonical import Digest, Json
 from qcore.errors import DataError
 from qcore.evaluation import result_of
-from qcore.report import EvaluationReport, Latency, MeasuredData, MeasuredModel
+from qcore.report import Champion, EvaluationReport, Latency, MeasuredData, MeasuredModel
 from qcore.tally import Tally, merged, tally_from_json, tally_to_json
 
-PART_SCHEMA = "qcore.evaluation-part/1"
+PART_SCHEMA = "qcore.evaluation-part/2"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +30,8 @@ class Part:
     """Samples at places `start` to `stop - 1` of a split of `size`.
 
     `slices` holds the places in the stored data of the whole split; `latencies` those of candidate and baseline, None
-    but in the part with the first sample.
+    but in the part with the first sample. `champion` is the released model's file, None without one. `measured_at` is
+    when this part began, as in the report.
     """
 
     model: ModelFile
@@ -40,13 +42,15 @@ class Part:
     batch: int
     runtime: Mapping[str, str]
     qcore_version: str
+    measured_at: str
+    champion: ModelFile | None
     start: int
     stop: int
     latencies: tuple[Latency, Latency] | None
     tally: Tally
 
 
-SAME = ("model", "baseline", "data", "slices", "size", "batch", "runtime", "qcore_version")
+SAME = ("model", "baseline", "champion", "data", "slices", "size", "batch", "runtime", "qcore_version")
 """Fields that all parts of one evaluation share."""
 
 
@@ -75,7 +79,8 @@ def merge_parts(parts: Sequence[Part]) -> Part:
         place = part.stop
     if place != ordered[0].size:
         raise DataError(f"samples {place} to {ordered[0].size - 1} of the split are missing; merge every shard once")
-    return replace(ordered[0], stop=place, tally=merged([p.tally for p in ordered]))
+    began = min(p.measured_at for p in ordered)
+    return replace(ordered[0], stop=place, measured_at=began, tally=merged([p.tally for p in ordered]))
 
 
 def _shown(part: Part, name: str) -> str:
@@ -103,6 +108,10 @@ def report_of(part: Part) -> EvaluationReport:
         samples=result.samples,
         runtime=part.runtime,
         qcore_version=part.qcore_version,
+        measured_at=part.measured_at,
+        champion=None
+        if part.champion is None
+        else Champion(**asdict(part.champion), paired=result.champion_paired, top5=part.tally.champion_top5),
         details=result.details,
         slices={name: tuple(place[i] for i in places if i in place) for name, places in part.slices.items()},
         user_metrics=result.user_metrics,
@@ -110,9 +119,10 @@ def report_of(part: Part) -> EvaluationReport:
 
 
 def part_to_json(part: Part) -> Json:
-    """Return the JSON form (`qcore.evaluation-part/1`)."""
+    """Return the JSON form (`qcore.evaluation-part/2`)."""
     flat = {f.name: getattr(part, f.name) for f in fields(Part) if f.name != "tally"}
     flat |= {name: asdict(flat[name]) for name in ("model", "baseline", "data")}
+    flat["champion"] = None if part.champion is None else asdict(part.champion)
     flat["latencies"] = None if part.latencies is None else [asdict(v) for v in part.latencies]
     return {"schema": PART_SCHEMA, **flat, "tally": tally_to_json(part.tally)}
 
@@ -127,7 +137,7 @@ def part_from_json(value: Json) -> Part:
     if found != PART_SCHEMA:
         raise DataError(f"expected schema {PART_SCHEMA}, found {found}; pass the files of `qcore evaluate --shard`")
     try:
-        kept = {k: value[k] for k in ("size", "batch", "runtime", "qcore_version", "start", "stop")}
+        kept = {k: value[k] for k in ("size", "batch", "runtime", "qcore_version", "measured_at", "start", "stop")}
         tally, times = tally_from_json(value["tally"]), value["latencies"]
         if tally.n != value["stop"] - value["start"]:
             raise ValueError(f"{tally.n} samples for places {value['start']} to {value['stop']}")
@@ -135,6 +145,7 @@ def part_from_json(value: Json) -> Part:
             **kept,
             model=ModelFile(**value["model"]),
             baseline=ModelFile(**value["baseline"]),
+            champion=None if value["champion"] is None else ModelFile(**value["champion"]),
             data=MeasuredData(**value["data"]),
             slices={k: tuple(v) for k, v in value["slices"].items()},
             latencies=None if times is None else (Latency(**times[0]), Latency(**times[1])),

@@ -27,14 +27,16 @@ from qcore.waiver import (
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 
-REPORT_SCHEMA = "qcore.evaluation/2"
+REPORT_SCHEMA = "qcore.evaluation/3"
 DECISION_SCHEMA = "qcore.decision/2"
 Task = Literal["classification", "regression", "anomaly", "none"]
 Direction = Literal["higher", "lower"]
 
 BUDGETS = ("size_bytes", "size_ratio", "latency_ratio")
 """Checks that more samples or better weights do not help."""
-UPPER_LIMITS = (*BUDGETS, "mae_increase", "mae_max")
+NOT_WAIVABLE = ("champion", "parity", "parity_conditions", "age_days")
+"""Checks about what was not measured, or not lately: nobody can vouch for what is not there."""
+UPPER_LIMITS = (*BUDGETS, "mae_increase", "mae_champion_increase", "mae_max", "age_days")
 """Checks whose limit is an upper one."""
 
 
@@ -92,7 +94,7 @@ class MeasuredData:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedCounts:
-    """Samples by who was right; the four add up to n."""
+    """Samples by who was right; the four add up to n. `baseline` is the champion where one is compared with."""
 
     both_right: int
     only_candidate_right: int
@@ -113,18 +115,20 @@ class PairedCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Values:
-    """One number per sample of either model."""
+    """One number per sample of each model; `champion` is None where there was none."""
 
     baseline: tuple[float, ...]
     candidate: tuple[float, ...]
+    champion: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
     """Per-sample results, columns of length n.
 
-    `label` holds class numbers, or 0 and 1 for anomalies; None for other tasks. `baseline` and `candidate` are arg-max
-    class numbers (the first of equals), None where outputs name no class. `values` holds `absolute_error` of a
+    `label` holds class numbers, or 0 and 1 for anomalies; None for other tasks. `baseline`, `candidate` and `champion`
+    are arg-max class numbers (the first of equals), None where outputs name no class, or there was no champion.
+    `values` holds `absolute_error` of a
     regression (the mean over its outputs), `score` of anomalies, and what the metrics of users gave, by their names.
     """
 
@@ -133,6 +137,7 @@ class Samples:
     baseline: tuple[int, ...] | None
     candidate: tuple[int, ...] | None
     values: Mapping[str, Values] = field(default_factory=dict)
+    champion: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,8 +181,31 @@ class ClassDetails:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Champion:
+    """The released model that the candidate would replace: SHA-256 and size of its file, and what it got right.
+
+    `paired` and `top5` count candidate against champion; None where those of the baseline are.
+    """
+
+    sha256: Digest
+    size_bytes: int
+    paired: PairedCounts | None
+    top5: PairedCounts | None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no file."""
+        if type(self.size_bytes) is not int or self.size_bytes <= 0:
+            raise GateRefused(f"size_bytes of the champion is {self.size_bytes!r}; allowed: a whole number above 0")
+        _check_digest(self.sha256)
+
+
+TIME_FORM = "%Y-%m-%dT%H:%M:%SZ"
+"""How a report says when it was measured: UTC, to the second."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationReport:
-    """Candidate and baseline on exactly the same samples.
+    """Candidate and baseline on exactly the same samples, and a released champion where there is one.
 
     `metrics` always holds `output_sqnr_db` (of the worst output). Beside it, `X` of the candidate and `baseline_X`:
 
@@ -188,7 +216,11 @@ class EvaluationReport:
     * `agreement` (share of samples with equal arg-max) for classification and unlabelled outputs of two values or more.
     * the mean of each metric of `user_metrics`, which says whether higher or lower values are better.
 
-    Shares are fractions of 1. `slices` holds places in the columns of `samples`.
+    With a champion there is `champion_X` beside each of them but `ece`; its `champion_agreement` and
+    `champion_output_sqnr_db` are those with the baseline, as the candidate's are.
+
+    Shares are fractions of 1. `slices` holds places in the columns of `samples`. `measured_at` is when the evaluation
+    began (`TIME_FORM`); beside latency it is all that two runs over the same files do not share.
     """
 
     model: MeasuredModel
@@ -200,15 +232,18 @@ class EvaluationReport:
     samples: Samples
     runtime: Mapping[str, str]
     qcore_version: str
+    measured_at: str
+    champion: Champion | None = None
     details: ClassDetails | None = None
     slices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     user_metrics: Mapping[str, Direction] = field(default_factory=dict)
 
     def to_json(self) -> Json:
-        """Return the JSON form (`qcore.evaluation/2`); `latency_ms` repeats the candidate's for short paths."""
+        """Return the JSON form (`qcore.evaluation/3`); `latency_ms` repeats the candidate's for short paths."""
         value = _shallow(self)
         value |= {name: asdict(value[name]) for name in ("model", "baseline", "data")}
         value["paired"] = None if self.paired is None else asdict(self.paired)
+        value["champion"] = None if self.champion is None else asdict(self.champion)
         value["details"] = None if self.details is None else _details_json(self.details)
         value["samples"] = _shallow(self.samples) | {"values": {k: _shallow(v) for k, v in self.samples.values.items()}}
         return {"schema": REPORT_SCHEMA, **value, "latency_ms": value["model"]["latency_ms"]}
@@ -294,7 +329,8 @@ class GatedPackage:
 class GateDecision:
     """The outcome for one model, bound by digest to everything it was derived from.
 
-    `package` is what may be published on it, None for a local decision. `override` says who may waive checks of the
+    `package` is what may be published on it, None for a local decision; `champion_sha256` is None where nothing
+    released was compared with, `parity_sha256` where no parity was given. `override` says who may waive checks of the
     policy, `waivers` who did; a waived check keeps its own outcome.
 
     Invariant: `outcome` is `pass` only if there is at least one check and all checks pass or are waived; `fail` and
@@ -314,6 +350,8 @@ class GateDecision:
     report_sha256: Digest
     qcore_version: str
     metrics: Mapping[str, float] = field(default_factory=dict)
+    champion_sha256: Digest | None = None
+    parity_sha256: Digest | None = None
     override: Override = NOBODY
     package: GatedPackage | None = None
     waivers: tuple[SignedWaiver, ...] = ()
@@ -342,6 +380,7 @@ class GateDecision:
             data=self.data_sha256,
             policy=self.policy_sha256,
             report=self.report_sha256,
+            parity=self.parity_sha256,
             package=None if self.package is None else self.package.sha256,
         )
 
@@ -349,6 +388,11 @@ class GateDecision:
     def waived(self) -> Mapping[str, Waiver]:
         """The waivers by the names of the checks that did not pass and yet do not stop the release."""
         return MappingProxyType({c.name: s.waiver for s in self.waivers for c in s.waiver.checks})
+
+    def who_may_override(self) -> str:
+        """Return who overrode this decision and who may, in sentences for people; never empty."""
+        done = [f"{signed.waiver.sentence()}." for signed in self.waivers]
+        return " ".join([*done, self.override.sentence()])
 
     def to_json(self) -> Json:
         """Return the JSON form (`qcore.decision/2`)."""
@@ -371,6 +415,8 @@ def waived_check(check: Check) -> WaivedCheck:
     """
     if check.outcome == "pass":
         raise GateRefused(f"check {check.name} passes and needs no waiver; leave it out")
+    if check.name in NOT_WAIVABLE:
+        raise GateRefused(f"check {check.name} says that something is missing or too old ({check.reason}); no waiver")
     if check.groups and all(g.outcome == "not judged" for g in check.groups):
         raise GateRefused(
             f"check {check.name} judged nothing ({check.reason}); data that are missing cannot be waived; add samples"

@@ -6,13 +6,16 @@ Strict, because the gate decides on what it reads: a field that is missing, dama
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from datetime import datetime
 from typing import Any, TypeVar, get_args
 
 from qcore.canonical import Json
 from qcore.errors import GateRefused
 from qcore.report import (
     REPORT_SCHEMA,
+    TIME_FORM,
     ByModel,
+    Champion,
     ClassCount,
     ClassDetails,
     Direction,
@@ -51,6 +54,8 @@ def report_from_json(value: Json) -> EvaluationReport:
         samples=_samples(v["samples"]),
         runtime=_mapping(v["runtime"], "runtime", _text),
         qcore_version=_text(v["qcore_version"], "qcore_version"),
+        measured_at=_time(v["measured_at"], "measured_at"),
+        champion=None if v["champion"] is None else _champion(v["champion"]),
         details=None if v["details"] is None else _details(v["details"]),
         slices=_mapping(v["slices"], "slices", _integers),
         user_metrics=_mapping(v["user_metrics"], "user_metrics", _direction),
@@ -148,6 +153,26 @@ def _data(value: Json) -> MeasuredData:
     return MeasuredData(**{**v, "slices": _mapping(v["slices"], "data.slices", _whole)})
 
 
+def _time(value: Json, where: str) -> str:
+    text = _text(value, where)
+    try:
+        if datetime.strptime(text, TIME_FORM).strftime(TIME_FORM) == text:
+            return text
+    except ValueError:
+        pass
+    raise _wrong(where, value, "a time in UTC such as 2026-11-27T14:30:00Z")
+
+
+def _champion(value: Json) -> Champion:
+    v = _of(Champion, value, "champion")
+    return Champion(
+        sha256=v["sha256"],
+        size_bytes=v["size_bytes"],
+        paired=_counts(v["paired"], "champion.paired"),
+        top5=_counts(v["top5"], "champion.top5"),
+    )
+
+
 def _counts(value: Json, where: str) -> PairedCounts | None:
     return None if value is None else PairedCounts(**_of(PairedCounts, value, where))
 
@@ -160,12 +185,14 @@ def _samples(value: Json) -> Samples:
         baseline=_optional(v["baseline"], "samples.baseline"),
         candidate=_optional(v["candidate"], "samples.candidate"),
         values=_mapping(v["values"], "samples.values", _values),
+        champion=_optional(v["champion"], "samples.champion"),
     )
 
 
 def _values(value: Json, where: str) -> Values:
     v = _of(Values, value, where)
-    return Values(baseline=_numbers(v["baseline"], where), candidate=_numbers(v["candidate"], where))
+    champion = None if v["champion"] is None else _numbers(v["champion"], where)
+    return Values(baseline=_numbers(v["baseline"], where), candidate=_numbers(v["candidate"], where), champion=champion)
 
 
 def _details(value: Json) -> ClassDetails:

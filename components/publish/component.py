@@ -20,7 +20,7 @@ def publish(
         package: The .qpkg file.
         evidence: The gate's signed decision.
         release: What was published (JSON).
-        repository: Folder of the repository.
+        repository: Folder of the repository, or s3://bucket/prefix.
         keys: Folder with the publisher's and the channel's private keys, mounted from a secret.
         channel: Channel that devices follow.
     """
@@ -33,7 +33,7 @@ def publish(
 
     with Tracker("publish") as t:
         files = {"package": Path(package.path), "evidence": Path(evidence.path)}
-        result = steps.publish(**files, repository=Path(repository), keys=Path(keys), channel=channel)
+        result = steps.publish(**files, repository=repository, keys=Path(keys), channel=channel)
         write_json(Path(release.path), result.to_json())
         release.metadata.update(file_facts(Path(release.path), "qcore-release"))
         name = f"{result.family} {result.version}"

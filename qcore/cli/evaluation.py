@@ -1,5 +1,6 @@
 """The verbs that compare a candidate with its baseline: in one go, in shards, and back together."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -21,17 +22,28 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Your own: module:function=higher, or =lower where less is better; may be repeated."),
     ] = None,
+    champion: Annotated[
+        Path | None,
+        typer.Option(help="The released model, ONNX or .qpkg; runs over the same samples in the same pass."),
+    ] = None,
     shard: Annotated[
         str, typer.Option(help="I/N: only part I of N of the split; see merge-reports. Part 1 measures latency.")
     ] = "1/1",
     as_json: opt.AsJson = False,
 ) -> None:
-    """Compare a candidate with its baseline on the same samples, one by one."""
+    """Compare a candidate with its baseline, and with what is released, on the same samples, one by one."""
     part, metrics = opt.parsed_shard(shard), metric or ()
     with progress() as told:
         if part == (1, 1):
             report = steps.evaluate(
-                candidate=model, baseline=baseline, data=data, out=out, split=split, metrics=metrics, progress=told
+                candidate=model,
+                baseline=baseline,
+                data=data,
+                out=out,
+                split=split,
+                metrics=metrics,
+                champion=champion,
+                progress=told,
             )
         else:
             made = steps.evaluate_shard(
@@ -42,6 +54,7 @@ def evaluate(
                 shard=part,
                 split=split,
                 metrics=metrics,
+                champion=champion,
                 progress=told,
             )
     if part == (1, 1):
@@ -59,7 +72,7 @@ def merge_reports(
     out: opt.Out,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Put the shards of an evaluation together; the report is that of one process, but for latency."""
+    """Put the shards of an evaluation together; the report is that of one process, but for latency and time."""
     _print(steps.merge_reports(parts=parts, out=out), out, as_json)
 
 
@@ -75,17 +88,24 @@ VALUES = {"mae": "mean absolute error", "rmse": "root of the mean squared error"
 
 
 def print_report(report: EvaluationReport) -> None:
-    """Print float against candidate."""
+    """Print float against candidate, and against the champion where there is one."""
     m = report.metrics
-    rows = [(said, percent(m[f"baseline_{k}"]), percent(m[k])) for k, said in SHARES.items() if k in m]
+    sides = ("baseline_", "", *(() if report.champion is None else ("champion_",)))
+
+    def row(said: str, key: str, form: Callable[[float], str]) -> tuple[str, ...]:
+        return (said, *(form(m[side + key]) if side + key in m else "" for side in sides))
+
+    rows = [row(said, k, percent) for k, said in SHARES.items() if k in m]
     values = VALUES | {name: name for name in report.user_metrics}
-    rows += [(said, f"{m[f'baseline_{k}']:.5g}", f"{m[k]:.5g}") for k, said in values.items() if k in m]
+    rows += [row(said, k, "{:.5g}".format) for k, said in values.items() if k in m]
     if "agreement" in m:
-        rows.append(("agreement", "", percent(m["agreement"])))
-    ours, theirs = report.model, report.baseline
+        rows.append(row("agreement", "agreement", percent))
+    ours, theirs, released = report.model, report.baseline, report.champion
+    blank, packed = ([], []) if released is None else ([""], [size(released.size_bytes)])
     rows += [
-        ("output SQNR", "", f"{m['output_sqnr_db']:.1f} dB"),
-        ("latency p50, 1 thread", f"{theirs.latency_ms.p50:.2f} ms", f"{ours.latency_ms.p50:.2f} ms"),
-        ("file size", size(theirs.size_bytes), size(ours.size_bytes)),
+        row("output SQNR", "output_sqnr_db", "{:.1f} dB".format),
+        ("latency p50, 1 thread", f"{theirs.latency_ms.p50:.2f} ms", f"{ours.latency_ms.p50:.2f} ms", *blank),
+        ("file size", size(theirs.size_bytes), size(ours.size_bytes), *packed),
     ]
-    print_table(f"{report.data.name}/{report.data.split}, {report.n} samples", ("", "baseline", "candidate"), rows)
+    columns = ("", "baseline", "candidate", *(() if released is None else ("champion",)))
+    print_table(f"{report.data.name}/{report.data.split}, {report.n} samples", columns, rows)

@@ -1,4 +1,4 @@
-"""`qcore repo`: make a signed repository, look at it, keep it fresh."""
+"""`qcore repo`: prove a store, make a signed repository in it, look at it, keep it fresh."""
 
 from datetime import UTC, datetime
 from typing import Annotated
@@ -24,7 +24,7 @@ def init(
     channels = channel or ["stable"]
     if not make_repository(repository, keys, channels):
         raise ReleaseError(f"{keys} and {repository} are complete already; nothing is overwritten; pass other folders")
-    facts = {"repository": str(repository), "keys": str(keys), "root": str(keys / "root.json")}
+    facts = {"repository": repository, "keys": str(keys), "root": str(keys / "root.json")}
     if as_json:
         print_json({**facts, "channels": channels})
     else:
@@ -51,10 +51,10 @@ def import_key(
 @app.command("status")
 def status(repository: opt.Repository, as_json: opt.AsJson = False) -> None:
     """Show every role: version, what is left of its life, and how many keys must sign."""
+    from qcore.release.location import open_store
     from qcore.release.repository import status as read_status
-    from qcore.release.store import DirectoryStore
 
-    rows = read_status(DirectoryStore(folder=repository), now=datetime.now(UTC))
+    rows = read_status(open_store(repository), now=datetime.now(UTC))
     if as_json:
         print_json({"roles": [r.to_json() for r in rows]})
         return
@@ -72,14 +72,32 @@ def status(repository: opt.Repository, as_json: opt.AsJson = False) -> None:
 def refresh(repository: opt.Repository, keys: opt.Keys, as_json: opt.AsJson = False) -> None:
     """Sign again what nears its expiry; run it on a schedule."""
     from qcore.release.keys import load_keys
+    from qcore.release.location import open_store
     from qcore.release.repository import refresh as sign_again
-    from qcore.release.store import DirectoryStore
 
-    roles = sign_again(DirectoryStore(folder=repository), load_keys(keys), now=datetime.now(UTC))
+    roles = sign_again(open_store(repository), load_keys(keys), now=datetime.now(UTC))
     if as_json:
         print_json({"signed": list(roles)})
     else:
         print(f"signed again: {', '.join(roles) or 'nothing was due'}")
+
+
+@app.command("doctor")
+def doctor(repository: opt.Repository, as_json: opt.AsJson = False) -> None:
+    """Prove that a store keeps its conditions (create-only, compare-and-swap, races); exit code 1 if it does not.
+
+    Writes objects of its own beside the repository and removes them; the repository is not touched.
+    """
+    from qcore.release.doctor import examine, refuse_unproven
+    from qcore.release.location import open_store
+
+    probes = examine(open_store(repository))
+    if as_json:
+        print_json({"repository": repository, "ok": all(p.ok for p in probes), "probes": [p.to_json() for p in probes]})
+    else:
+        rows = [(p.name, "yes" if p.ok else "NO", p.expected, p.observed) for p in probes]
+        print_table(f"Store {repository}", ("probe", "good", "expected", "observed"), rows)
+    refuse_unproven(probes)
 
 
 def _left(remaining: object) -> str:

@@ -11,7 +11,8 @@ Source: TUF specification 1.0.31, sections 4 (formats) and 6 (consistent snapsho
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -22,7 +23,7 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, Targets, Timestamp
 
 from qcore.canonical import sha256_bytes
-from qcore.errors import ReleaseError
+from qcore.errors import DoubtfulWriteError, ReleaseError
 from qcore.release.keys import KeyRing
 from qcore.release.store import ObjectStore
 
@@ -40,7 +41,13 @@ RESIGN_AFTER = 1 / 8
 """The share of its life after which `refresh` signs a role again: 6 h for the timestamp."""
 MAX_ATTEMPTS = 50
 MAX_PROBES = 1000
+MAX_REREADS = 6
+"""How often a commit is read back, over 1.5 s, before the store is said to serve stale reads."""
 
+MAX_SIDE_BY_SIDE = 8
+"""Requests at a time: a release takes 11 round trips of a store that is far away, not one for every file."""
+
+_T = TypeVar("_T")
 _Role = TypeVar("_Role", Root, Timestamp, Snapshot, Targets)
 
 
@@ -77,25 +84,47 @@ class Change:
     objects: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def transact(store: ObjectStore, keys: KeyRing, now: datetime, decide: Callable[[Trusted], Change | None]) -> Trusted:
+def transact(
+    store: ObjectStore,
+    keys: KeyRing,
+    now: datetime,
+    decide: Callable[[Trusted], Change | None],
+    known: Trusted | None = None,
+) -> Trusted:
     """Return the verified state after the change that `decide` asks for is committed.
 
-    `decide` sees a verified state and is asked again, on the winner's state, after a lost race. None means that
-    nothing is to be done. An empty change renews the timestamp (and the snapshot when it is due).
+    `decide` sees a verified state (`known`, if it was just loaded) and is asked again, on the winner's state, after a
+    lost race. None means that nothing is to be done. An empty change renews the timestamp (and the snapshot when it
+    is due).
 
     Raises:
-        ReleaseError: the store does not verify, a key is missing or not the trusted one, or the races were all lost.
+        ReleaseError: the store does not verify, a key is missing or not the trusted one, the races were all lost, or
+            the store does not show what was committed.
     """
     wait = random.SystemRandom()
     for attempt in range(MAX_ATTEMPTS):
-        trusted = load_current(store, keys, now)
+        trusted = known if known is not None and attempt == 0 else load_current(store, keys, now)
         change = decide(trusted)
         if change is None:
             return trusted
-        if _commit(store, trusted, change, keys, now):
-            return load_current(store, keys, now)
+        with suppress(DoubtfulWriteError):  # asked again like after a lost race: `decide` sees what is there
+            if _commit(store, trusted, change, keys, now):
+                return _load_committed(store, keys, now, trusted.timestamp.version + 1)
         time.sleep(wait.uniform(0, 0.01 * 2 ** min(attempt, 5)))
     raise ReleaseError(f"other publishers were faster {MAX_ATTEMPTS} times; nothing was published; publish again")
+
+
+def _load_committed(store: ObjectStore, keys: KeyRing, now: datetime, version: int) -> Trusted:
+    """Return a state at least as new as the timestamp `version` that was just committed."""
+    for attempt in range(MAX_REREADS):
+        time.sleep(0.1 * attempt)
+        trusted = load_current(store, keys, now)
+        if trusted.timestamp.version >= version:
+            return trusted
+    raise ReleaseError(
+        f"timestamp version {version} is committed, and the store still shows version {trusted.timestamp.version}: "
+        "stale reads; run `qcore repo doctor`"
+    )
 
 
 def read_pinned(keys: KeyRing) -> bytes:
@@ -133,22 +162,28 @@ def load_trusted(store: ObjectStore, pinned: bytes) -> Trusted:
     Raises:
         ReleaseError: there is no repository, or a file is missing, forged or not the one that is named.
     """
-    found = store.get(TIMESTAMP_KEY)
+    with ThreadPoolExecutor(1) as beside:
+        chain = beside.submit(load_root, store, pinned)
+        found = store.get(TIMESTAMP_KEY)
+        root = chain.result()
     if found is None:
         raise ReleaseError("no repository in this store (no timestamp.json); make one with `qcore repo init`")
-    root = load_root(store, pinned)
     timestamp = _verified(Timestamp, found.data, root, "timestamp")
-    snapshot = _load(store, Snapshot, root, "snapshot", timestamp.snapshot_meta)
-    roles = {name.removesuffix(".json"): meta for name, meta in snapshot.meta.items()}
-    if "targets" not in roles:
+    meta = timestamp.snapshot_meta
+    snapshot = _named(Snapshot, _fetch(store, "snapshot", meta), root, "snapshot", meta)
+    metas = {name.removesuffix(".json"): meta for name, meta in sorted(snapshot.meta.items())}
+    if "targets" not in metas:
         raise ReleaseError("repository: the snapshot names no targets role; restore the store from a backup")
-    targets = _load(store, Targets, root, "targets", roles.pop("targets"))
+    files = dict(
+        zip(metas, _at_once([partial(_fetch, store, name, meta) for name, meta in metas.items()]), strict=True)
+    )
+    targets = _named(Targets, files["targets"], root, "targets", metas["targets"])
     return Trusted(
         root=root,
         timestamp=timestamp,
         snapshot=snapshot,
         targets=targets,
-        delegated={name: _load(store, Targets, targets, name, meta) for name, meta in sorted(roles.items())},
+        delegated={n: _named(Targets, files[n], targets, n, m) for n, m in metas.items() if n != "targets"},
         etag=found.etag,
     )
 
@@ -206,8 +241,7 @@ def put_object(store: ObjectStore, key: str, data: bytes) -> None:
 
 
 def _commit(store: ObjectStore, trusted: Trusted, change: Change, keys: KeyRing, now: datetime) -> bool:
-    for key, data in change.objects.items():
-        put_object(store, key, data)
+    _at_once([partial(put_object, store, key, data) for key, data in change.objects.items()])
     metas = dict(trusted.snapshot.meta)
     targets = change.drafts["targets"].role if "targets" in change.drafts else trusted.targets
     for name, draft in change.drafts.items():
@@ -276,13 +310,24 @@ def load_root(store: ObjectStore, pinned: bytes) -> Root:
         return root
 
 
-def _load(store: ObjectStore, kind: type[_Role], delegator: Root | Targets, name: str, meta: MetaFile) -> _Role:
+def _at_once(calls: Sequence[Callable[[], _T]]) -> list[_T]:
+    """Return the results of calls that mostly wait for the store, made side by side."""
+    with ThreadPoolExecutor(MAX_SIDE_BY_SIDE) as threads:
+        return [made.result() for made in [threads.submit(call) for call in calls]]
+
+
+def _fetch(store: ObjectStore, name: str, meta: MetaFile) -> bytes:
     found = store.get(f"metadata/{meta.version}.{name}.json")
     if found is None:
         raise ReleaseError(f"repository: {meta.version}.{name}.json is missing; restore the store from a backup")
     with _reading(name):
         meta.verify_length_and_hashes(found.data)
-    signed = _verified(kind, found.data, delegator, name)
+    return found.data
+
+
+def _named(kind: type[_Role], data: bytes, delegator: Root | Targets, name: str, meta: MetaFile) -> _Role:
+    """Return the role in `data` if it verifies and is of the version that `meta` names."""
+    signed = _verified(kind, data, delegator, name)
     if signed.version != meta.version:
         raise ReleaseError(f"repository: {name} is version {signed.version}, named as {meta.version}; check the store")
     return signed

@@ -176,10 +176,12 @@ def publish_release(store: ObjectStore, submission: Submission, keys: KeyRing, *
     manifest = candidate.proof.manifest
     trusted = load_current(store, keys, now)
     _channel_role(trusted, submission.channel)
-    if f"models-{manifest.family}" not in trusted.delegated:
+    is_new = f"models-{manifest.family}" not in trusted.delegated
+    if is_new:
         check_evidence(candidate.proof, [keys.signer("gate").public_key], now)  # a refused release must leave no trace
         add_family(store, keys, manifest.family, now=now)
-    trusted = transact(store, keys, now, lambda current: _plan(current, candidate, keys, now))
+    known = None if is_new else trusted
+    trusted = transact(store, keys, now, lambda current: _plan(current, candidate, keys, now), known)
     return _release(trusted, manifest.family, manifest.version, submission.channel)
 
 

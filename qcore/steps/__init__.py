@@ -27,6 +27,7 @@ from qcore.steps.layers import layer_paths as layer_paths
 from qcore.steps.layers import layers as layers
 from qcore.steps.lint import LintReport as LintReport
 from qcore.steps.lint import lint as lint
+from qcore.steps.matching import MeasuredFiles as MeasuredFiles
 from qcore.steps.parity import parity as parity
 from qcore.steps.precision import MixedSummary as MixedSummary
 from qcore.steps.precision import mixed_precision as mixed_precision

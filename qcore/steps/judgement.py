@@ -1,4 +1,4 @@
-"""Judgement on files: evaluate a candidate against its baseline, then decide and sign."""
+"""Judgement on files: evaluate a candidate against its baseline and a released champion, in one go or in shards."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qcore import __version__
 from qcore.errors import GateRefused, ModelError
 from qcore.steps.guard import Progress, read_evidence, refuse_overwrite, silent
+from qcore.steps.matching import MeasuredFiles, load_parity, refuse_other_files
 
 if TYPE_CHECKING:
     from qcore.data.dataset import Dataset
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qcore.tally import Tally
 
 EVALUATION_BATCH = 8
+NO_FILES = MeasuredFiles()
 ANSWER_BYTES = 1 << 27
 """How much of a float model's outputs is kept while several candidates are held against it."""
 TIMING: Mapping[str, Any] = {"budget_s": 2.0}
@@ -35,6 +37,7 @@ def evaluate(
     out: Path,
     split: str = "evaluation",
     metrics: Sequence[str] = (),
+    champion: Path | None = None,
     progress: Progress = silent,
 ) -> "EvaluationReport":
     """Return the report on `candidate` against `baseline` over `split`, written to `out` as JSON.
@@ -46,12 +49,14 @@ def evaluate(
         out: where the report goes.
         split: of the card.
         metrics: further ones beside those of the card, as `module:function=higher` or `=lower`.
+        champion: the model that is released now, an ONNX file or the package (`.qpkg`) that holds it; it runs over
+            the same samples in the same pass.
         progress: called with the number of samples done.
     """
     from qcore.evaluation_part import report_of
     from qcore.files import write_json
 
-    part = _part_on_files(candidate, baseline, data, out, (split, (1, 1), metrics, progress))
+    part = _part_on_files(_Files(candidate, baseline, champion, data, out), (split, (1, 1), metrics, progress))
     report = report_of(part)
     write_json(out, report.to_json())
     return report
@@ -66,6 +71,7 @@ def evaluate_shard(
     shard: tuple[int, int],
     split: str = "evaluation",
     metrics: Sequence[str] = (),
+    champion: Path | None = None,
     progress: Progress = silent,
 ) -> "Part":
     """Return part I (from 1) of N of an evaluation, `shard` being (I, N), written to `out`; see `merge_reports`.
@@ -75,13 +81,15 @@ def evaluate_shard(
     from qcore.evaluation_part import part_to_json
     from qcore.files import write_json
 
-    part = _part_on_files(candidate, baseline, data, out, (split, shard, metrics, progress))
+    part = _part_on_files(_Files(candidate, baseline, champion, data, out), (split, shard, metrics, progress))
     write_json(out, part_to_json(part))
     return part
 
 
 def merge_reports(*, parts: Sequence[Path], out: Path) -> "EvaluationReport":
-    """Return the report of all shards `parts`, in any order, written to `out`: that of one process but for latency.
+    """Return the report of all shards `parts`, in any order, written to `out`.
+
+    It is that of one process but for latency and time.
 
     Raises:
         DataError: a file is damaged, of another run or missing.
@@ -107,7 +115,18 @@ def merge_reports(*, parts: Sequence[Path], out: Path) -> "EvaluationReport":
 Asked = tuple[str, tuple[int, int], Sequence[str], Progress]
 
 
-def _part_on_files(candidate: Path, baseline: Path, data: Path, out: Path, asked: Asked) -> "Part":
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What an evaluation reads, and where it writes."""
+
+    candidate: Path
+    baseline: Path
+    champion: Path | None
+    data: Path
+    out: Path
+
+
+def _part_on_files(paths: _Files, asked: Asked) -> "Part":
     """Return the part that split, shard and further metrics ask for."""
     from qcore.data.dataset import open_dataset
     from qcore.graph.io import read_model_bytes
@@ -115,10 +134,12 @@ def _part_on_files(candidate: Path, baseline: Path, data: Path, out: Path, asked
     from qcore.user_metric import parsed_metric
 
     split, shard, metrics, progress = asked
-    refuse_overwrite(out, candidate, baseline, data=data)
-    files = [read_model_bytes(p) for p in (candidate, baseline)]
-    theirs = ort.load_exact(files[1], name=str(baseline))
-    dataset = open_dataset(data, split)
+    inputs = [paths.candidate, paths.baseline, *([paths.champion] if paths.champion else [])]
+    refuse_overwrite(paths.out, *inputs, data=paths.data)
+    files = [read_model_bytes(p) for p in (paths.candidate, paths.baseline)]
+    released = None if paths.champion is None else (read_released(paths.champion), str(paths.champion))
+    theirs = ort.load_exact(files[1], name=str(paths.baseline))
+    dataset = open_dataset(paths.data, split)
     question = question_of(dataset, dict(map(parsed_metric, metrics)))
     judge = Judge(
         raw=files[1],
@@ -128,8 +149,30 @@ def _part_on_files(candidate: Path, baseline: Path, data: Path, out: Path, asked
         answers=None,
         progress=progress,
         question=question,
+        champion=released,
     )
-    return _counted(judge, files[0], str(candidate), shard)
+    return _counted(judge, files[0], str(paths.candidate), shard)
+
+
+def read_released(path: Path) -> bytes:
+    """Return the bytes of a released model: of an ONNX file, or of the one in a package (`.qpkg`).
+
+    Raises:
+        ModelError: the file cannot be read.
+        PackageError: the package is damaged.
+    """
+    from qcore.graph.io import read_model_bytes
+
+    if path.suffix != ".qpkg":
+        return read_model_bytes(path)
+    from tempfile import TemporaryDirectory
+
+    from qcore.release.manifest import MODEL
+    from qcore.release.package import unpack_package
+
+    with TemporaryDirectory(prefix="qcore-") as work:
+        unpack_package(path, Path(work) / "champion")
+        return read_model_bytes(Path(work) / "champion" / MODEL)
 
 
 def report_on(
@@ -175,7 +218,8 @@ class Judge:
     """What several candidates are held against: a float model on the same samples.
 
     `timing` are options of `measure_latency`; `answers` are the outputs of `baseline` batch by batch, where they are
-    few enough to be kept.
+    few enough to be kept. `champion` is a released model that runs over the samples too: its bytes, and what messages
+    call it.
     """
 
     raw: bytes
@@ -185,6 +229,7 @@ class Judge:
     answers: tuple[Mapping[str, Any], ...] | None
     progress: Progress
     question: "Question"
+    champion: tuple[bytes, str] | None = None
 
 
 def judge_of(raw: bytes, dataset: "Dataset", timing: Mapping[str, Any], progress: Progress) -> Judge:
@@ -223,18 +268,35 @@ def _counted(judge: Judge, candidate: bytes, name: str, shard: tuple[int, int]) 
     from qcore.evaluation import count_samples
     from qcore.runtime import ort
 
-    ours, theirs, dataset = ort.load_exact(candidate, name=name), judge.baseline, judge.dataset
-    names = [sorted(p.name for p in loaded.inputs) for loaded in (ours, theirs)]
+    began, theirs, dataset = now(), judge.baseline, judge.dataset
+    ours = _like_baseline(candidate, name, theirs)
+    released = None if judge.champion is None else ort.on_samples(_like_baseline(*judge.champion, theirs))
+    place = shard_of(dataset.n, *shard, batch=theirs.fixed_batch or EVALUATION_BATCH)
+    cut = dataset if shard[1] == 1 else part_of(dataset, place.start, place.stop)
+    fed = _fed(cut, theirs, judge.progress, "evaluating")
+    tally = count_samples(ort.on_samples(ours), _recalled(judge), fed, judge.question, released)
+    return _part(judge, candidate, tally, (place.start, began))
+
+
+def now() -> str:
+    """Return the time as reports hold it."""
+    from qcore.report import TIME_FORM
+
+    return datetime.now(UTC).strftime(TIME_FORM)
+
+
+def _like_baseline(raw: bytes, name: str, baseline: "Loaded") -> "Loaded":
+    """Return the model `raw`, which takes the inputs that the baseline takes."""
+    from qcore.runtime import ort
+
+    loaded = ort.load_exact(raw, name=name)
+    names = [sorted(p.name for p in model.inputs) for model in (loaded, baseline)]
     if names[0] != names[1]:
         raise ModelError(
             f"{name} has inputs {names[0]}, the baseline {names[1]}; allowed: equal names; pass the model that it was "
             "made from"
         )
-    place = shard_of(dataset.n, *shard, batch=theirs.fixed_batch or EVALUATION_BATCH)
-    cut = dataset if shard[1] == 1 else part_of(dataset, place.start, place.stop)
-    fed = _fed(cut, theirs, judge.progress, "evaluating")
-    tally = count_samples(ort.on_samples(ours), _recalled(judge), fed, judge.question)
-    return _part(judge, candidate, tally, place.start)
+    return loaded
 
 
 def judged_itself(judge: Judge) -> "EvaluationReport":
@@ -254,15 +316,16 @@ def judged_itself(judge: Judge) -> "EvaluationReport":
         target = None if dataset.targets is None else dataset.targets[index]
         fed.append((index, {}, _truth(labels, target, dataset.card.task)))
     tally = count_samples(_recalled(judge), _recalled(judge), fed, judge.question)
-    return report_of(_part(judge, judge.raw, tally, 0))
+    return report_of(_part(judge, judge.raw, tally, (0, now())))
 
 
-def _part(judge: Judge, candidate: bytes, tally: "Tally", start: int) -> "Part":
+def _part(judge: Judge, candidate: bytes, tally: "Tally", begun: tuple[int, str]) -> "Part":
+    """Return the part of `tally`; `begun` is the place of its first sample, and when it began."""
     from qcore.evaluation_part import Part
     from qcore.report import MeasuredData
     from qcore.runtime import ort
 
-    dataset, latencies = judge.dataset, None
+    dataset, latencies, start = judge.dataset, None, begun[0]
     if start == 0:
         latencies = _latencies([candidate, judge.raw], dataset, judge.timing, judge.progress)
     chosen = set(dataset.indices)
@@ -282,6 +345,8 @@ def _part(judge: Judge, candidate: bytes, tally: "Tally", start: int) -> "Part":
         batch=judge.baseline.fixed_batch or EVALUATION_BATCH,
         runtime=ort.runtime_identity(),
         qcore_version=__version__,
+        measured_at=begun[1],
+        champion=None if judge.champion is None else _file(judge.champion[0]),
         start=start,
         stop=start + tally.n,
         latencies=None if latencies is None else (latencies[0], latencies[1]),
@@ -306,6 +371,8 @@ def gate(
     key: Path,
     policy: Path | None = None,
     package: Path | None = None,
+    parity: Path | None = None,
+    files: MeasuredFiles = NO_FILES,
     waivers: Sequence[Path] = (),
     now: datetime | None = None,
 ) -> "GateDecision":
@@ -317,32 +384,38 @@ def gate(
         key: private key file of the gate.
         policy: gate policy; None: the default one.
         package: what shall be published; without it the decision is a local one, which `publish` refuses.
+        parity: parity report of the same model and split; needed where the policy limits parity.
+        files: what the report has to be about.
         waivers: files of `waive`, made for exactly this decision.
-        now: aware; waivers must hold then. None: the time of the call.
+        now: aware; waivers must hold then, and the report must not be too old. None: the time of the call.
 
     Raises:
-        GateRefused: the report is missing or contradicts itself, the policy asks for what was not measured, the
-            package does not fit the report, or a waiver cannot be used.
+        GateRefused: the report is missing, contradicts itself or is about other files, the policy asks for what was
+            not measured, the package does not fit the report, or a waiver cannot be used.
         PackageError: the package is damaged.
         ConfigError: the policy is wrong.
         ReleaseError: the key cannot be used.
     """
     from qcore.config import load_config
     from qcore.files import write_atomic
-    from qcore.gate import GatePolicy, decide, default_policy
+    from qcore.gate import decide, default_policy
+    from qcore.policy import GatePolicy
     from qcore.release.evidence import sign_decision
     from qcore.release.keys import load_signer
     from qcore.release.subject import package_of
     from qcore.release.waivers import overridden
 
-    refuse_overwrite(out, report, key, *filter(None, (policy, package)), *waivers)
+    given = (policy, package, parity, files.model, files.baseline, files.champion)
+    refuse_overwrite(out, report, key, *(path for path in given if path is not None), *waivers, data=files.data)
     loaded = load_report(report)
+    refuse_other_files(loaded, files)
     chosen = load_config(policy, GatePolicy, "gate policy") if policy else default_policy(loaded)
-    decision = decide(loaded, chosen)
+    when = now or datetime.now(UTC)
+    decision = decide(loaded, chosen, None if parity is None else load_parity(parity), when)
     if package is not None:
         decision = replace(decision, package=package_of(package, loaded))
     signed = [read_evidence(path, "waiver", "qcore gate waive") for path in waivers]
-    decision = overridden(decision, signed, now or datetime.now(UTC))
+    decision = overridden(decision, signed, when)
     write_atomic(out, sign_decision(decision, load_signer(key)))
     return decision
 

@@ -117,8 +117,15 @@ def _described(
     return {name: folder / name for name in files}
 
 
-def publish(*, package: Path, evidence: Path, repository: Path, keys: Path, channel: str = "stable") -> "Release":
-    """Return the release of `package`, signed into the repository folder `repository` with the key ring `keys`.
+def publish(*, package: Path, evidence: Path, repository: str | Path, keys: Path, channel: str = "stable") -> "Release":
+    """Return the release of `package`, signed into the repository with the key ring `keys`.
+
+    Args:
+        package: the .qpkg file.
+        evidence: the gate's signed decision.
+        repository: a folder, or `s3://bucket/prefix` as text.
+        keys: folder of the keys.
+        channel: the channel that shall point at the release.
 
     Raises:
         GateRefused: the evidence is not signed by the gate, not a pass, not about exactly this package, or rests on a
@@ -129,8 +136,8 @@ def publish(*, package: Path, evidence: Path, repository: Path, keys: Path, chan
     from datetime import UTC, datetime
 
     from qcore.release.keys import load_keys
+    from qcore.release.location import open_store
     from qcore.release.repository import Submission, publish_release
-    from qcore.release.store import DirectoryStore
 
     submission = Submission(package=package, evidence=read_evidence(evidence), channel=channel)
-    return publish_release(DirectoryStore(folder=repository), submission, load_keys(keys), now=datetime.now(UTC))
+    return publish_release(open_store(repository), submission, load_keys(keys), now=datetime.now(UTC))

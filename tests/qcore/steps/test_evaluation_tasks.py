@@ -12,6 +12,7 @@ from qcore import steps
 from qcore.cli.main import run
 from qcore.errors import CalibrationError, DataError
 from qcore.gate import decide, default_policy
+from qcore.policy import ParityLimit
 from qcore.report_file import report_from_json
 
 CARD = """\
@@ -74,8 +75,19 @@ def test_a_card_says_what_is_measured(points):
     assert decide(report, default_policy(report)).outcome == "pass"
 
 
+def test_parity_is_measured_for_every_task(points):
+    report = steps.parity(model=points / "q.onnx", data=points / "card.yaml", out=points / "p.json", samples=16)
+    assert report.top1 is None
+    assert all(c.agreement is None and c.top1 is None and c.sqnr_db > 90 for c in report.conditions)
+    judged = steps.evaluate(**files(points), out=points / "r.json")
+    asked = default_policy(judged).model_copy(update={"parity": ParityLimit(sqnr_db=60)})
+    assert decide(judged, asked, report).outcome == "pass"
+    assert decide(judged, asked).outcome == "fail"
+
+
 def timeless(path):
     value = json.loads(path.read_text())
+    value.pop("measured_at")
     for part in (value, value["model"], value["baseline"]):
         part.pop("latency_ms")
     return value

@@ -25,7 +25,7 @@ def files(tmp_path_factory, request):
 
 def facts(report):
     value = report.to_json()
-    return {k: v for k, v in value.items() if "latency" not in k and k not in ("model", "baseline")}
+    return {k: v for k, v in value.items() if "latency" not in k and k not in ("model", "baseline", "measured_at")}
 
 
 @pytest.mark.parametrize("most", [judgement.ANSWER_BYTES, 0])
