@@ -90,9 +90,12 @@ def _use(facts: PackageFacts) -> Iterator[str]:
     yield ""
     yield "```python"
     yield f"session = onnxruntime.InferenceSession(model, providers={list(facts.compat.providers)!r})"
-    feeds = ", ".join(f"{t.name!r}: {_shape(t)}" for t in facts.inputs)
+    feeds = ", ".join(f"{t.name!r}: x{k}" for k, t in enumerate(facts.inputs))
     yield f"answers = session.run({[t.name for t in facts.outputs]!r}, {{{feeds}}})"
     yield "```"
+    yield ""
+    shapes = ", ".join(f"`x{k}` {_shape(t)}" for k, t in enumerate(facts.inputs))
+    yield f"with {shapes}, prepared like the evaluated data."
 
 
 def _tensors(tensors: Sequence[TensorInfo]) -> str:

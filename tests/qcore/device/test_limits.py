@@ -11,12 +11,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from simulators import CPU, make_world, package_source, run_python
 
+from qcore import steps
 from qcore.device import limits
 from qcore.device.config import SELFTEST, DeviceConfig
 from qcore.device.trial import try_slot
 from qcore.errors import ModelError, UpdateError
 from qcore.release.admission import Allowance, admit
 from qcore.release.package import build_package, unpack_package
+from qcore.release.subject import opened_package
 
 INT64 = TensorProto.INT64
 
@@ -108,6 +110,27 @@ def test_a_good_model_passes_under_the_limits(tmp_path: Path) -> None:
     verdict = try_slot(device(tmp_path), tmp_path / "slot")
     assert verdict.good
     assert json.loads(verdict.reason)["provider"] == CPU
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "card"),
+    [
+        ("resnet8_cifar10", "cifar10"),
+        ("mobilenetv1_075_192", "imagenet500_192"),
+        ("mobilenetv2_100_224", "imagenet500"),
+        ("efficientnet_lite0", "imagenet500_eff0"),
+    ],
+)
+def test_real_float_models_pass_under_the_default_limits(bench: Path, tmp_path: Path, model: str, card: str) -> None:
+    """Twice the same package, admitted, and its self-test has room."""
+    files = {"model": bench / "models" / f"{model}.onnx", "data": bench / f"{card}.yaml"}
+    named = {"family": "real", "version": "1.0", "target": "x86-avx2"}
+    packages = [steps.package(**files, **named, out=tmp_path / f"{k}.qpkg") for k in range(2)]
+    assert packages[0].sha256 == packages[1].sha256
+    with opened_package(packages[0].path) as opened:
+        verdict = try_slot(device(tmp_path), opened.folder)
+    assert verdict.good, verdict.reason
 
 
 PROBE = "import resource as r; print([r.getrlimit(x) for x in (r.RLIMIT_AS, r.RLIMIT_CPU, r.RLIMIT_CORE)]); exit(0)"

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from cyclonedx.schema import OutputFormat, SchemaVersion
 from cyclonedx.validation import make_schemabased_validator
@@ -93,6 +96,11 @@ def test_the_card_says_from_what_how_and_on_which_data(made: tuple[Path, Package
         "52428800 bytes",
     ):
         assert fact in text, fact
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    x0 = np.zeros((1, 3, 8, 8), np.float32)
+    scope = {"onnxruntime": onnxruntime, "model": (slot / "model.onnx").read_bytes(), "x0": x0}
+    exec(code, scope)  # noqa: S102 - our own card
+    assert np.shape(scope["answers"]) == (1, 1, 4)
     assert not any(line.endswith(" ") for line in text.splitlines())
     assert json.loads((slot / "labels.json").read_bytes()) == ["cat", "dog", "eel", "fox"]
 
