@@ -16,6 +16,8 @@ from qcore.errors import ModelError
 from qcore.graph.io import serialize_model
 
 HISTORY_KEY = "qcore.history"
+ENTRY_BYTES = 512
+"""What one run adds to a file, at most where names are short: budgets of size leave it free."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
