@@ -11,7 +11,9 @@ PY := .venv/bin/python
 PYTEST_ARGS ?= -m "not slow"
 SITE := .build/site
 
-.PHONY: help venv demo test lint type contracts unit compile clean
+SECONDS ?= 60
+
+.PHONY: help venv demo test lint type contracts unit compile fuzz clean
 help:
 	@echo "make demo | test | lint | type | contracts | unit | compile | venv | clean"
 venv: .venv/.installed-dev
@@ -53,5 +55,9 @@ unit: .venv/.installed-dev
 	@$(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 compile: .venv/.installed-dev
 	@$(PY) -m qcore.pipelines.compile . && $(PY) -m qcore.schemas docs/schemas
+# Opt-in: atheris is no dependency, and has no wheel for every Python.
+fuzz: .venv/.installed-dev
+	@$(PY) -m pip install --quiet --disable-pip-version-check atheris
+	@QCORE_FUZZ_SECONDS=$(SECONDS) $(PY) -m pytest -n 0 tests/fuzz
 clean:
 	rm -rf .venv .build build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

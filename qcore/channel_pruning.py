@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qcore.errors import ModelError
 from qcore.graph.channels import ChannelGroup, Channels, Mask, channel_groups
 from qcore.graph.cost import model_macs
+from qcore.graph.history import ENTRY_BYTES
 from qcore.graph.io import serialize_model
 from qcore.graph.rewrite import Resized, Rewrite, Skipped
 from qcore.graph.traverse import node_name
@@ -222,7 +223,8 @@ def _budget(search: _Search, step: PruneChannelsStep, curves: Sequence[Curve], e
     def left(what: str, counts: Counts) -> float:
         if what == "latency":
             return latency_left(curves, counts)
-        return terms[what].at(np.array(counts) / sizes) / full[what]
+        added = ENTRY_BYTES if what == "size" else 0  # what the file will say of its making counts too
+        return (terms[what].at(np.array(counts) / sizes) + added) / full[what]
 
     def measured(what: str, counts: Counts) -> float:
         if what != "latency":

@@ -32,8 +32,9 @@ class TargetProfile(Config):
     and keep the scale of their input, `one_scale` those of `quantize` that want one scale for all inputs and the
     output; all others stay float, which `integer_only` forbids. `float_output` keeps the logits of a last Gemm or
     MatMul as float. `integer_io` makes the graph's own inputs and outputs integers. `mixed` lists what
-    single layers may run in where int8 costs too much accuracy. `opset` is the version that the file must have; None
-    keeps the model's.
+    single layers may run in where int8 costs too much accuracy. `cpu_features` are what a device's CPU must have, one
+    of each group, named as in /proc/cpuinfo; `providers` are ONNX Runtime's execution providers there, best first.
+    `opset` is the version that the file must have; None keeps the model's.
     """
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
@@ -55,6 +56,8 @@ class TargetProfile(Config):
     same_scale: tuple[str, ...] = ()
     one_scale: tuple[str, ...] = ()
     mixed: tuple[Precision, ...] = ()
+    cpu_features: tuple[tuple[str, ...], ...] = ()
+    providers: tuple[str, ...] = Field(default=("CPUExecutionProvider",), min_length=1)
 
     @property
     def wide_activations(self) -> Literal["uint16", "int16"]:

@@ -17,7 +17,7 @@ from qcore.device.config import DeviceConfig
 from qcore.release.evidence import sign_decision
 from qcore.release.keys import KeyRing, create_keys
 from qcore.release.location import open_store
-from qcore.release.manifest import Compatibility, Golden, Provenance, TensorInfo
+from qcore.release.manifest import Compatibility, Golden, Provenance, RuntimeRange, TensorInfo, Tolerance
 from qcore.release.package import Package, PackageSource, build_package
 from qcore.release.repository import Release, Submission, init_repository, publish_release
 from qcore.release.s3 import S3Store
@@ -28,6 +28,16 @@ from qcore.waiver import Override, Owner
 
 FAMILY = "digits"
 HARDWARE = "x86-vnni"
+CPU = "CPUExecutionProvider"
+COMPAT = Compatibility(
+    hardware=(HARDWARE,),
+    cpu_features=(),
+    onnxruntime=RuntimeRange(minimum="1.20", tested="1.24.1", below="2"),
+    opset=17,
+    providers=(CPU,),
+    memory_bytes=None,
+    control_flow=False,
+)
 BASELINE, DATA, POLICY, REPORT = ("1" * 64, "2" * 64, "3" * 64, "4" * 64)
 
 
@@ -63,16 +73,20 @@ def package_source(folder: Path, version: str = "1.0.0", *, seed: int = 0, error
     (folder / "model.onnx").write_bytes(model)
     write_golden(folder / "golden.npz", model, error=error)
     (folder / "labels.json").write_text('["zero","one","two"]')
+    (folder / "card.md").write_text("# tiny\n")
+    (folder / "sbom.cdx.json").write_text('{"bomFormat":"CycloneDX"}')
     return PackageSource(
         family=FAMILY,
         version=version,
         model=folder / "model.onnx",
         golden=folder / "golden.npz",
         labels=folder / "labels.json",
-        compat=Compatibility(hardware=(HARDWARE,), onnxruntime="1.20", opset=17, providers=("CPUExecutionProvider",)),
+        card=folder / "card.md",
+        sbom=folder / "sbom.cdx.json",
+        compat=COMPAT,
         inputs=(TensorInfo(name="x", dtype="float32", shape=("N", 4)),),
         outputs=(TensorInfo(name="y", dtype="float32", shape=("N", 3)),),
-        golden_limits=Golden(n=5, max_abs_error=1e-4, argmax_agreement=1.0),
+        golden_limits=Golden(n=5, tolerances=(Tolerance(provider=CPU, max_abs_error=1e-4, argmax_agreement=1.0),)),
         provenance=Provenance(data_sha256=DATA, qcore_version="0.1.0"),
     )
 

@@ -14,6 +14,8 @@ def package(
     version: str,
     target: str = "x86-avx2",
     split: str = "evaluation",
+    memory_mb: int = 0,
+    control_flow: bool = False,
 ) -> None:
     """Build the package that devices install; the gate decides about it afterwards.
 
@@ -25,6 +27,8 @@ def package(
         version: Release version.
         target: Name of a shipped target profile, or path to a profile file in the image.
         split: Name of the split of the card that golden samples come from.
+        memory_mb: MiB that a process needs that runs the model, where somebody measured it. 0: nobody did.
+        control_flow: Declare that the model may hold If, Loop or Scan; only devices that allow it take it then.
     """
     from pathlib import Path
 
@@ -34,11 +38,20 @@ def package(
     from qcore.tracking.tracker import Tracker
 
     with Tracker("package") as t:
-        files = {"model": Path(model.path), "data": Path(data.path), "out": Path(package.path)}
-        result = steps.package(**files, family=family, version=version, target=target, split=split)
+        result = steps.package(
+            model=Path(model.path),
+            data=Path(data.path),
+            out=Path(package.path),
+            family=family,
+            version=version,
+            target=target,
+            split=split,
+            memory_mb=memory_mb,
+            control_flow=control_flow,
+        )
         package.metadata.update(file_facts(result.path, "qpkg"))
         t.params({"family": family, "version": version, "target": target})
-        t.metrics({"package_bytes": result.size_bytes}, on="parent")
+        t.metrics({"package_bytes": result.size_bytes, "flash_bytes": result.manifest.flash_bytes}, on="parent")
         digests = {"model.sha256": sha256_file(Path(model.path)), "package.sha256": result.sha256}
         t.tags({"package.sha256": result.sha256}, on="parent")
         t.artifact(result.path, "release", name=f"{family}-{version}.qpkg", on="parent")

@@ -227,14 +227,32 @@ def package(
         str | None, typer.Option(help="Target profile; default: the one that the model was quantized for.")
     ] = None,
     split: opt.EvaluationSplit = "evaluation",
+    memory_mb: Annotated[
+        int, typer.Option("--memory-mb", help="MiB that a process needs that runs the model; 0: not measured.")
+    ] = 0,
+    control_flow: Annotated[
+        bool, typer.Option("--control-flow", help="Declare If, Loop or Scan; only devices that allow it take it then.")
+    ] = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Build the package that devices download: model, golden samples, manifest. The gate decides about it."""
-    built = steps.package(model=model, data=data, out=out, family=family, version=version, target=target, split=split)
+    """Build the package that devices download: model, golden samples, card, parts list. The gate decides about it."""
+    built = steps.package(
+        model=model,
+        data=data,
+        out=out,
+        family=family,
+        version=version,
+        target=target,
+        split=split,
+        memory_mb=memory_mb,
+        control_flow=control_flow,
+    )
     if as_json:
         print_json(built.to_json())
-    else:
-        print_facts("Package", {"output": str(built.path), "download": size(built.size_bytes), "sha256": built.sha256})
+        return
+    facts = {"output": str(built.path), "sha256": built.sha256}
+    sizes = {k: size(v) for k, v in built.to_json().items() if k in ("file_bytes", "download_bytes", "flash_bytes")}
+    print_facts("Package", {**facts, **{k.removesuffix("_bytes"): v for k, v in sizes.items()}})
 
 
 def publish(

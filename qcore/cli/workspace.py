@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from qcore.errors import ConfigError
 from qcore.files import write_atomic
 
 if TYPE_CHECKING:
+    from qcore.device.config import DeviceConfig
     from qcore.device.updater import Installed
 
 
@@ -118,19 +121,32 @@ def install_on_device(
     pinned = device / "root.json"
     if not pinned.exists():
         write_atomic(pinned, root.read_bytes())
-    config = device / "device.toml"
-    write_atomic(config, _toml(device.absolute(), repository.absolute(), family, channel, hardware).encode())
-    return install(
-        DeviceConfig(
-            device_id=device_name(family, hardware),
-            hardware=hardware,
-            family=family,
-            channel=channel,
-            repository=str(repository.absolute()),
-            root=pinned.absolute(),
-            state_dir=(device / "state").absolute(),
-        )
+    config = DeviceConfig(
+        device_id=device_name(family, hardware),
+        hardware=hardware,
+        family=family,
+        channel=channel,
+        repository=str(repository.absolute()),
+        root=pinned.absolute(),
+        state_dir=(device / "state").absolute(),
+        cpu_features=_stand_in_features(hardware),
     )
+    write_atomic(device / "device.toml", _toml(config).encode())
+    return install(config)
+
+
+def _stand_in_features(hardware: str) -> tuple[str, ...]:
+    """Return the CPU features that a device of another kind would have, which this machine stands in for.
+
+    None for this machine's own kind, or a profile of one's own: then the CPU is asked.
+    """
+    from qcore.target import is_host, load_target
+
+    try:
+        profile = load_target(hardware)
+    except ConfigError:
+        return ()
+    return () if is_host(profile) else tuple(group[0] for group in profile.cpu_features)
 
 
 def device_name(family: str, hardware: str) -> str:
@@ -138,15 +154,16 @@ def device_name(family: str, hardware: str) -> str:
     return f"local-{family}-{hardware}"[:64].rstrip("-._")
 
 
-def _toml(device: Path, repository: Path, family: str, channel: str, hardware: str) -> str:
+def _toml(config: "DeviceConfig") -> str:
+    """Return the configuration as the file of a device: what it must state, and what is known of it."""
     values = {
-        "device_id": device_name(family, hardware),
-        "hardware": hardware,
-        "family": family,
-        "channel": channel,
-        "repository": str(repository),
-        "root": str(device / "root.json"),
-        "state_dir": str(device / "state"),
+        "device_id": config.device_id,
+        "hardware": config.hardware,
+        "family": config.family,
+        "channel": config.channel,
+        "repository": config.repository,
+        "root": str(config.root),
+        "state_dir": str(config.state_dir),
+        **({"cpu_features": list(config.cpu_features)} if config.cpu_features else {}),
     }
-    quoted = {k: v.replace("\\", "\\\\").replace('"', '\\"') for k, v in values.items()}
-    return "".join(f'{k} = "{v}"\n' for k, v in quoted.items())
+    return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in values.items())

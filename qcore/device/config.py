@@ -14,6 +14,16 @@ from qcore.errors import ConfigError
 from qcore.release.manifest import check_name
 
 SELFTEST = (sys.executable, "-m", "qcore.runtime.selftest")
+EXAMPLES = {
+    "selftest": '["python3", "check.py"]',
+    "cpu_features": '["avx2"]',
+    "providers": '["CPUExecutionProvider"]',
+}
+NUMBERS = {
+    "selftest_timeout_s": ((int, float), "seconds"),
+    "selftest_memory_mb": ((int,), "MiB"),
+    "memory_mb": ((int,), "MiB"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +39,13 @@ class DeviceConfig:
         state_dir: folder of slots, metadata cache and high-water mark; on one file system.
         channel: the channel that this device follows.
         selftest: command; the slot's folder is appended; exit 0 good, 1 bad model, anything else: could not test.
-        selftest_timeout_s: > 0, seconds.
+        selftest_timeout_s: > 0, seconds of the clock, and of CPU for all threads of the self-test together.
+        selftest_memory_mb: MiB of address space that the self-test may take; 0: 2048 and three times the model file.
+        cpu_features: flags of the CPU, as in /proc/cpuinfo; empty: asked there.
+        memory_mb: MiB of physical memory; 0: asked in /proc/meminfo.
+        onnxruntime: version of the runtime that serves; empty: the one that is installed beside qcore, if any.
+        providers: execution providers of that runtime; empty: left to the self-test.
+        control_flow: take models with If, Loop or Scan, which may not end.
     """
 
     device_id: str
@@ -41,6 +57,12 @@ class DeviceConfig:
     channel: str = "stable"
     selftest: tuple[str, ...] = SELFTEST
     selftest_timeout_s: float = 60.0
+    selftest_memory_mb: int = 0
+    cpu_features: tuple[str, ...] = ()
+    memory_mb: int = 0
+    onnxruntime: str = ""
+    providers: tuple[str, ...] = ()
+    control_flow: bool = False
 
     def __post_init__(self) -> None:
         """Refuse names that are not safe in paths, and limits that cannot be held."""
@@ -50,6 +72,9 @@ class DeviceConfig:
             raise ConfigError(
                 f"selftest_timeout_s is {self.selftest_timeout_s}; allowed: above 0, at most 3600 seconds"
             )
+        for name in ("selftest_memory_mb", "memory_mb"):
+            if not 0 <= (value := getattr(self, name)) <= 1 << 30:
+                raise ConfigError(f"{name} is {value}; allowed: MiB, at least 0; 0 leaves it to qcore")
         if not self.selftest:
             raise ConfigError("selftest is empty; name a command, or leave it out for the one that comes with qcore")
         if not self.repository:
@@ -81,14 +106,19 @@ def load_config(path: Path) -> DeviceConfig:
 
 
 def _value(path: Path, key: str, value: object) -> Any:
-    if key == "selftest":
+    if key in EXAMPLES:
         if isinstance(value, list) and all(isinstance(v, str) for v in value):
             return tuple(value)
-        raise ConfigError(f'{path}: selftest is {value!r}; expected a list of strings, e.g. ["python3", "check.py"]')
-    if key == "selftest_timeout_s":
-        if type(value) in (int, float):
+        raise ConfigError(f"{path}: {key} is {value!r}; expected a list of strings, e.g. {EXAMPLES[key]}")
+    if key in NUMBERS:
+        kinds, unit = NUMBERS[key]
+        if type(value) in kinds:
             return value
-        raise ConfigError(f"{path}: {key} is {value!r}; expected a number of seconds")
+        raise ConfigError(f"{path}: {key} is {value!r}; expected a number of {unit}")
+    if key == "control_flow":
+        if type(value) is bool:
+            return value
+        raise ConfigError(f"{path}: {key} is {value!r}; expected true or false")
     if not isinstance(value, str):
         raise ConfigError(f"{path}: {key} is {value!r}; expected a string in quotes")
     if key in ("root", "state_dir"):

@@ -1,20 +1,29 @@
 """The self-test as another process: what the device's own process must not load, and a model that hangs or crashes it.
 
 The command is configured; exit 0 means the model gives the golden answers here, 1 that it does not, anything else that
-it could not be tried. Memory and CPU limits are not here yet.
+it could not be tried. Time, CPU and address space are bounded (`limits.py`): a model that asks for all memory fails its
+test, and the service beside it goes on.
 """
 
+import math
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from qcore.device import limits
 from qcore.device.config import DeviceConfig
 from qcore.device.refusals import refusal
+from qcore.release.manifest import MODEL
 
 MAX_OUTPUT_BYTES = 2000
+BASE_BYTES = 2048 << 20
+"""Address space of an interpreter with numpy and onnxruntime, most of it never touched, and of activations."""
+COPIES = 3
+"""The file, its parsed form, and weights in the order in which kernels read them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +43,7 @@ def try_slot(config: DeviceConfig, slot: Path) -> Verdict:
     with tempfile.TemporaryFile() as out:
         try:
             process = subprocess.Popen(
-                [*config.selftest, str(slot)],
+                [*_bounded(config, slot), *config.selftest, str(slot)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -42,7 +51,7 @@ def try_slot(config: DeviceConfig, slot: Path) -> Verdict:
             )
         except OSError as e:
             raise refusal(
-                "E_SELFTEST", f"command {config.selftest[0]!r} cannot be started: {e.strerror}; mend `selftest`"
+                "E_SELFTEST", f"{sys.executable} cannot be started: {e.strerror}; mend the installation of qcore"
             ) from e
         try:
             code = process.wait(timeout=config.selftest_timeout_s)
@@ -58,4 +67,13 @@ def try_slot(config: DeviceConfig, slot: Path) -> Verdict:
         return Verdict(good=True, reason=lines[-1])
     if code == 1 or code < 0:
         return Verdict(good=False, reason=f"exit {code}: {lines[-1]}")
-    raise refusal("E_SELFTEST", f"the self-test could not run (exit {code}): {lines[-1]}; mend it, then install again")
+    raise refusal(
+        "E_SELFTEST", f"the self-test could not run (exit {code}): {lines[-1]}; mend `selftest`, then install again"
+    )
+
+
+def _bounded(config: DeviceConfig, slot: Path) -> list[str]:
+    """Return the command that sets the limits and becomes what follows it."""
+    model = slot / MODEL
+    memory = config.selftest_memory_mb << 20 or BASE_BYTES + COPIES * model.stat().st_size
+    return [sys.executable, "-I", "-S", limits.__file__, str(memory), str(math.ceil(config.selftest_timeout_s))]

@@ -17,6 +17,7 @@ from typing import Literal
 from tuf.api.metadata import Metadata, Root, TargetFile, Timestamp
 
 from qcore.canonical import Digest, Json, sha256_json
+from qcore.device.compat import device_facts, unmet
 from qcore.device.config import DeviceConfig
 from qcore.device.refusals import code_of, explained, refusal
 from qcore.device.slots import (
@@ -36,8 +37,9 @@ from qcore.device.source import Source, open_source, require_space
 from qcore.device.state import DeviceState, load_state, locked, save_state
 from qcore.device.trial import try_slot
 from qcore.errors import ConfigError, UpdateError
-from qcore.release.admission import admit_file
-from qcore.release.manifest import MODEL
+from qcore.release.admission import Allowance, admit_file
+from qcore.release.golden_admission import admit_golden
+from qcore.release.manifest import GOLDEN, MODEL, compatibility_from_json
 from qcore.release.package import read_manifest, unpack_package
 
 Action = Literal["install", "current", "held", "quarantined"]
@@ -50,6 +52,13 @@ POINTER_FIELDS: Mapping[str, type] = {
     "permyriad": int,
     "salt": str,
     "floor": int,
+}
+SIGNED_FIELDS: Mapping[str, type] = {
+    "counter": int,
+    "floor": int,
+    "model_sha256": str,
+    "compat": dict,
+    "flash_bytes": int,
 }
 ALL_DEVICES = 10_000
 REPORT_SCHEMA = "qcore.device-report/1"
@@ -243,14 +252,10 @@ def _find_offer(config: DeviceConfig, source: Source) -> tuple[Offer, TargetFile
             "E_UNSIGNED",
             f"{path} points at {pointer['release']}, which gate and publisher did not sign; do not trust it",
         )
-    custom = _checked(target, {"counter": int, "floor": int, "model_sha256": str, "hw": list})
+    custom = _checked(target, SIGNED_FIELDS)
     state = _raise_mark(config, path, pointer, custom)
-    if config.hardware not in custom["hw"]:
-        raise refusal(
-            "E_INCOMPATIBLE",
-            f"{name[2]} is for hardware {', '.join(map(str, custom['hw']))}, this device is {config.hardware}; "
-            "publish one for it",
-        )
+    if (reason := unmet(compatibility_from_json(custom["compat"]), device_facts(config))) is not None:
+        raise refusal("E_INCOMPATIBLE", f"{name[2]} {reason}; the active model is unchanged")
     release = Record(
         target=target.path,
         version=name[2],
@@ -302,21 +307,19 @@ def _checked(target: TargetFile, types: Mapping[str, type]) -> Mapping[str, Json
 
 def _stage(config: DeviceConfig, source: Source, release: Record, target: TargetFile) -> Slot:
     """Return the slot of the downloaded, verified and unpacked release; nothing points at it yet."""
+    custom = _checked(target, SIGNED_FIELDS)
+    require_space(config.state_dir, target.length + custom["flash_bytes"])
     part = source.download(target, config.state_dir / "downloads")
     manifest = read_manifest(part)
-    if (manifest.family, manifest.version, manifest.model_sha256) != (
-        config.family,
-        release.version,
-        release.model_sha256,
-    ):
+    found = (manifest.family, manifest.version, manifest.model_sha256, manifest.compat.to_json(), manifest.flash_bytes)
+    stated = (config.family, release.version, release.model_sha256, custom["compat"], custom["flash_bytes"])
+    if found != stated:
         raise refusal("E_PACKAGE", f"{target.path} holds another release than its metadata say; publish a new version")
-    if config.hardware not in manifest.compat.hardware:
-        raise refusal("E_INCOMPATIBLE", f"{target.path} is not for {config.hardware}; publish one for this hardware")
-    require_space(config.state_dir, sum(m.size_bytes for m in manifest.members))
     staged = staging_folder(config.state_dir, release.sha256)
     unpack_package(part, staged)
     part.unlink()
-    admit_file(staged / MODEL)
+    admit_file(staged / MODEL, Allowance(control_flow=manifest.compat.control_flow))
+    admit_golden(staged / GOLDEN, manifest)
     return place(staged, release)
 
 

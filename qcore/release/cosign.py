@@ -129,6 +129,8 @@ def _check_package(
     custom = added[path].custom
     if custom.get("model_sha256") != decision.model_sha256 or custom.get("evidence") != evidence_path(path):
         raise _refusal(f"{path}: its custom data do not name the evaluated model and its evidence")
+    if custom.get("compat") != m.compat.to_json() or custom.get("flash_bytes") != m.flash_bytes:
+        raise _refusal(f"{path}: its custom data state other needs of a device than the package's manifest")
 
 
 def _custom(target: TargetFile, name: str) -> int:

@@ -4,23 +4,27 @@ Standard library only, because the device reads it. The manifest describes bytes
 the rollout are not here: they are decided at publication and live in signed TUF metadata.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
-from qcore.canonical import Digest, Json
+from qcore.canonical import Digest, Json, canonical_json
 from qcore.errors import PackageError, QcoreError
 
-MANIFEST_SCHEMA = "qcore.manifest/2"
-MODEL = "model.onnx"
+MANIFEST_SCHEMA = "qcore.manifest/3"
+CARD = "card.md"
 GOLDEN = "golden.npz"
 LABELS = "labels.json"
-MEMBERS = (GOLDEN, LABELS, MODEL)
-"""Everything a package may hold besides its manifest, in the order of the archive."""
+MODEL = "model.onnx"
+SBOM = "sbom.cdx.json"
+MEMBERS = (CARD, GOLDEN, LABELS, MODEL, SBOM)
+"""Everything a package may hold besides its manifest, in the order of the archive; only LABELS may be missing."""
 MAX_MEMBER_BYTES = (1 << 31) - 1
 """An ONNX file is one protobuf message: below 2 GiB."""
+FLASH_BLOCK = 4096
 
 _NAME = re.compile(r"(?!.*\.\.)[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -38,13 +42,39 @@ class Member:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeRange:
+    """Versions of onnxruntime: at least `minimum`, older than `below`; the golden answers come from `tested`."""
+
+    minimum: str
+    tested: str
+    below: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Compatibility:
-    """What a device must be: one of `hardware`, onnxruntime at least `onnxruntime`, with one of `providers`."""
+    """What a device must be and offer; the same object stands in the signed metadata, so it is known before a download.
+
+    Args:
+        hardware: the device's class is one of these.
+        cpu_features: of each group the CPU has one; names as in /proc/cpuinfo (`avx2`, `asimddp`).
+        onnxruntime: versions that may run the model.
+        opset: version of the standard operators that the model uses.
+        providers: execution providers, best first; a device takes the first that its runtime has.
+        memory_bytes: peak resident memory of a process that runs the model; None: nobody measured it.
+        control_flow: the model holds If, Loop, Scan or the like, whose time nobody can tell from the file.
+    """
 
     hardware: tuple[str, ...]
-    onnxruntime: str
+    cpu_features: tuple[tuple[str, ...], ...]
+    onnxruntime: RuntimeRange
     opset: int
     providers: tuple[str, ...]
+    memory_bytes: int | None
+    control_flow: bool
+
+    def to_json(self) -> Json:
+        """Return the JSON form, in lists, as it stands in manifest and signed metadata."""
+        return json.loads(canonical_json(asdict(self)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,15 +87,23 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Golden:
-    """What the self-test demands of the golden samples.
+class Tolerance:
+    """What an execution provider must reproduce: integer kernels of different makers round differently.
 
-    `n` samples; `max_abs_error` in units of the outputs; `argmax_agreement` is the least share of equal arg-max.
+    `max_abs_error` is in units of the outputs; `argmax_agreement` is the least share of samples with equal arg-max.
     """
 
-    n: int
+    provider: str
     max_abs_error: float
     argmax_agreement: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Golden:
+    """What the self-test demands of the `n` golden samples: one tolerance per provider of `Compatibility`, in order."""
+
+    n: int
+    tolerances: tuple[Tolerance, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +122,7 @@ class Provenance:
 class ReleaseManifest:
     """The content of `manifest.json`.
 
-    Invariants: names are of `[a-z0-9._-]`; members are among MEMBERS, each once, sorted, and hold model and golden.
+    Invariants: names are of `[a-z0-9._-]`; members are MEMBERS, each once and in order; LABELS may be missing.
     """
 
     family: str
@@ -100,21 +138,20 @@ class ReleaseManifest:
         """Hold the invariants, whoever builds the value."""
         check_name("family", self.family, PackageError)
         check_name("version", self.version, PackageError)
-        paths = [m.path for m in self.members]
-        if paths != sorted(set(paths) & set(MEMBERS)) or not {MODEL, GOLDEN} <= set(paths):
+        paths = tuple(m.path for m in self.members)
+        if paths not in (MEMBERS, tuple(m for m in MEMBERS if m != LABELS)):
             raise PackageError(
-                f"manifest: members {paths}; allowed: {list(MEMBERS)} in that order, {MODEL} and {GOLDEN} required"
+                f"manifest: members {list(paths)}; allowed: {list(MEMBERS)} in that order, {LABELS} or not"
             )
         for m in self.members:
             if not (0 < m.size_bytes <= MAX_MEMBER_BYTES and 0 < m.stored_size_bytes <= MAX_MEMBER_BYTES):
                 raise PackageError(f"manifest: {m.path} of {m.size_bytes} bytes; allowed: 1 to {MAX_MEMBER_BYTES}")
             if not _DIGEST.fullmatch(m.sha256):
                 raise PackageError(f"manifest: {m.path} has sha256 {m.sha256!r}; expected 64 lower-case hex digits")
-        if not self.compat.hardware or not self.inputs or not self.outputs:
-            raise PackageError("manifest: hardware, inputs and outputs must not be empty; build the package again")
-        g = self.golden
-        if g.n < 1 or not (math.isfinite(g.max_abs_error) and g.max_abs_error >= 0 and 0 <= g.argmax_agreement <= 1):
-            raise PackageError(f"manifest: golden limits {g} cannot be held; allowed: n >= 1, finite error, share of 1")
+        if not self.inputs or not self.outputs:
+            raise PackageError("manifest: inputs and outputs must not be empty; build the package again")
+        _check_compatibility(self.compat)
+        _check_golden(self.golden, self.compat.providers)
 
     def member(self, path: str) -> Member:
         """Return the member named `path`, which must be there."""
@@ -125,8 +162,13 @@ class ReleaseManifest:
         """The digest of the model that devices will run."""
         return self.member(MODEL).sha256
 
+    @property
+    def flash_bytes(self) -> int:
+        """What the unpacked package takes on a disk with blocks of 4 KiB, manifest and record of the slot included."""
+        return sum(-(-m.size_bytes // FLASH_BLOCK) * FLASH_BLOCK for m in self.members) + 4 * FLASH_BLOCK
+
     def to_json(self) -> Json:
-        """Return the JSON form (`qcore.manifest/2`)."""
+        """Return the JSON form (`qcore.manifest/3`)."""
         return {"schema": MANIFEST_SCHEMA, **asdict(self)}
 
 
@@ -142,10 +184,40 @@ def manifest_from_json(value: Json) -> ReleaseManifest:
     v["members"] = _all(Member, v.get("members"))
     v["inputs"] = _all(TensorInfo, v.get("inputs"))
     v["outputs"] = _all(TensorInfo, v.get("outputs"))
-    v["compat"] = _one(Compatibility, v.get("compat"))
-    v["golden"] = _one(Golden, v.get("golden"))
+    v["compat"] = compatibility_from_json(v.get("compat"))
+    v["golden"] = _golden(v.get("golden"))
     v["provenance"] = None if v.get("provenance") is None else _one(Provenance, v["provenance"])
     return _build(ReleaseManifest, v)
+
+
+def compatibility_from_json(value: Json) -> Compatibility:
+    """Return what `Compatibility.to_json` wrote, from a manifest or from signed metadata.
+
+    Raises:
+        PackageError: a field is missing, unknown, of the wrong type, or empty where it must not be.
+    """
+    if not isinstance(value, dict):
+        raise PackageError(f"manifest: Compatibility is {type(value).__name__}; expected an object")
+    groups = value.get("cpu_features")
+    if not isinstance(groups, list) or not all(isinstance(g, list) and g for g in groups):
+        raise PackageError(f"manifest: cpu_features is {groups!r}; expected a list of lists of names; build it again")
+    runtime = _one(RuntimeRange, value.get("onnxruntime"))
+    compat = _one(Compatibility, {**value, "cpu_features": [tuple(g) for g in groups], "onnxruntime": runtime})
+    _check_compatibility(compat)
+    return compat
+
+
+def parsed_version(text: str) -> tuple[int, int, int]:
+    """Return the first three numbers of a version; what follows them (`rc1`, `+cu12`) is not compared.
+
+    Raises:
+        PackageError: it does not begin with a number.
+    """
+    found = re.match(r"(\d{1,6})(?:\.(\d{1,6}))?(?:\.(\d{1,6}))?", text, re.ASCII)
+    if found is None:
+        raise PackageError(f"version {text!r} does not begin with a number; expected one such as 1.24.1")
+    major, minor, patch = (int(g or 0) for g in found.groups())
+    return major, minor, patch
 
 
 def check_name(what: str, name: object, error: type[QcoreError]) -> str:
@@ -162,11 +234,40 @@ def check_name(what: str, name: object, error: type[QcoreError]) -> str:
     return name
 
 
+def _check_compatibility(c: Compatibility) -> None:
+    if not c.hardware or not c.providers or len(set(c.providers)) != len(c.providers):
+        raise PackageError(
+            f"manifest: hardware {c.hardware}, providers {c.providers}; allowed: at least one, each provider once"
+        )
+    r = c.onnxruntime
+    if not parsed_version(r.minimum) <= parsed_version(r.tested) < parsed_version(r.below):
+        raise PackageError(f"manifest: onnxruntime {r.minimum} to {r.below}, tested {r.tested}; expected in that order")
+    if c.opset < 1 or (c.memory_bytes is not None and c.memory_bytes < 1):
+        raise PackageError(f"manifest: opset {c.opset}, memory_bytes {c.memory_bytes}; allowed: above 0")
+
+
+def _check_golden(g: Golden, providers: Sequence[str]) -> None:
+    if tuple(t.provider for t in g.tolerances) != tuple(providers):
+        raise PackageError(
+            f"manifest: golden limits for {[t.provider for t in g.tolerances]}; expected one for each of "
+            f"{list(providers)}"
+        )
+    for t in g.tolerances:
+        finite = math.isfinite(t.max_abs_error) and t.max_abs_error >= 0
+        if g.n < 1 or not finite or not 0 <= t.argmax_agreement <= 1:
+            raise PackageError(
+                f"manifest: golden limits n={g.n}, {t} cannot be held; allowed: n >= 1, finite error, share of 1"
+            )
+
+
 _IS: Mapping[object, Callable[[object], bool]] = {
     str: lambda x: isinstance(x, str) and len(x) <= 256,
     int: lambda x: type(x) is int,
+    bool: lambda x: type(x) is bool,
     float: lambda x: type(x) in (int, float),
+    int | None: lambda x: x is None or type(x) is int,
     tuple[str, ...]: lambda x: isinstance(x, tuple) and all(isinstance(s, str) for s in x),
+    tuple[tuple[str, ...], ...]: lambda x: isinstance(x, tuple) and all(isinstance(s, str) for g in x for s in g),
     tuple[int | str | None, ...]: lambda x: isinstance(x, tuple) and all(s is None or type(s) in (int, str) for s in x),
 }
 """What a JSON value must be for a field of each simple type; fields of other types are built before."""
@@ -187,6 +288,12 @@ def _one(cls: type[_T], value: Json) -> _T:
     if not isinstance(value, dict):
         raise PackageError(f"manifest: {cls.__name__} is {type(value).__name__}; expected an object")
     return _build(cls, {k: tuple(x) if isinstance(x, list) else x for k, x in value.items()})
+
+
+def _golden(value: Json) -> Golden:
+    if not isinstance(value, dict):
+        raise PackageError(f"manifest: Golden is {type(value).__name__}; expected an object")
+    return _build(Golden, {**value, "tolerances": _all(Tolerance, value.get("tolerances"))})
 
 
 def _all(cls: type[_T], value: Json) -> Sequence[_T]:

@@ -25,9 +25,12 @@ from qcore.canonical import Digest, Json, canonical_json
 from qcore.errors import PackageError
 from qcore.files import atomic_path, fsync_dir, sha256_file
 from qcore.release.manifest import (
+    CARD,
     GOLDEN,
     LABELS,
+    MAX_MEMBER_BYTES,
     MODEL,
+    SBOM,
     Compatibility,
     Golden,
     Member,
@@ -40,6 +43,8 @@ from qcore.release.manifest import (
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 18
 COMPRESSION_LEVEL = 19
+MAX_PACKAGE_BYTES = MAX_MEMBER_BYTES + (1 << 26)
+"""The largest model stored as it is, with everything else."""
 MAX_WINDOW_BYTES = 1 << 23
 """What level 19 uses; a device never grants a frame more memory than this."""
 
@@ -56,6 +61,8 @@ class PackageSource:
     version: str
     model: Path
     golden: Path
+    card: Path
+    sbom: Path
     compat: Compatibility
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
@@ -74,11 +81,14 @@ class Package:
     manifest: ReleaseManifest
 
     def to_json(self) -> Json:
-        """Return the JSON form for `--json`."""
+        """Return the JSON form for `--json`: bytes of the model file, of the download, and on the device's disk."""
         return {
             "package": str(self.path),
             "sha256": self.sha256,
             "size_bytes": self.size_bytes,
+            "file_bytes": self.manifest.member(MODEL).size_bytes,
+            "download_bytes": self.size_bytes,
+            "flash_bytes": self.manifest.flash_bytes,
             "manifest": self.manifest.to_json(),
         }
 
@@ -89,7 +99,7 @@ def build_package(source: PackageSource, out: Path) -> Package:
     Raises:
         PackageError: a file cannot be read, is empty, or a name or limit is not allowed.
     """
-    files = {MODEL: source.model, GOLDEN: source.golden}
+    files = {MODEL: source.model, GOLDEN: source.golden, CARD: source.card, SBOM: source.sbom}
     if source.labels is not None:
         files[LABELS] = source.labels
     try:
@@ -159,6 +169,8 @@ def unpack_package(path: Path, folder: Path) -> ReleaseManifest:
 
 def _compress(name: str, source: Path, out: Path) -> Member:
     digest, size = hashlib.sha256(), source.stat().st_size
+    if not 0 < size <= MAX_MEMBER_BYTES:  # before two gigabytes are read for nothing
+        raise PackageError(f"{source} has {size} bytes; allowed: 1 to {MAX_MEMBER_BYTES} for {name}; make it smaller")
     compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_content_size=True)
     with source.open("rb") as f, out.open("wb") as g, compressor.stream_writer(g, size=size, closefd=False) as writer:
         while block := f.read(_CHUNK):

@@ -323,7 +323,8 @@ def _with_release(old: Targets, path: str, candidate: _Candidate, now: datetime)
         "counter": max_counter(old) + 1,
         "model_sha256": proof.manifest.model_sha256,
         "evidence": evidence_path(path),
-        "hw": list(proof.manifest.compat.hardware),
+        "compat": proof.manifest.compat.to_json(),
+        "flash_bytes": proof.manifest.flash_bytes,
         "floor": FLOOR,
     }
     new.targets[path] = _target(path, candidate.package, custom)

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcore.canonical import Digest, sha256_bytes, sha256_json
-from qcore.errors import GateRefused, PackageError
+from qcore.errors import GateRefused, ModelError, PackageError
 from qcore.graph.io import parse_model
-from qcore.release.manifest import MODEL, ReleaseManifest
-from qcore.release.package import unpack_package
+from qcore.release.admission import Allowance, admit_file
+from qcore.release.golden_admission import admit_golden
+from qcore.release.manifest import GOLDEN, MODEL, ReleaseManifest
+from qcore.release.package import MAX_PACKAGE_BYTES, unpack_package
 from qcore.report import EvaluationReport, GatedPackage
 from qcore.target import TARGET_KEY
 
@@ -35,22 +37,41 @@ def opened_package(path: Path) -> Iterator[OpenedPackage]:
 
     What is checked is what was read: a writer at `path` cannot change it meanwhile.
 
+    Gate, publisher and auditor all open packages here, so none of them passes on what a device would not load.
+
     Raises:
-        PackageError: it cannot be read, or is not one that we made.
+        PackageError: it cannot be read, is not one that we made, or holds a model or samples that are not admitted.
     """
     try:
+        if (size := path.stat().st_size) > MAX_PACKAGE_BYTES:
+            raise PackageError(f"package {path} has {size} bytes; allowed: {MAX_PACKAGE_BYTES}; make the model smaller")
         with tempfile.TemporaryDirectory(prefix="qcore-package-") as work:
             copied, folder = Path(work) / "package.qpkg", Path(work) / "unpacked"
             data = path.read_bytes()
             copied.write_bytes(data)
             manifest = unpack_package(copied, folder)
             copied.unlink()
+            admit_members(folder, manifest)
             yield OpenedPackage(data=data, sha256=sha256_bytes(data), manifest=manifest, folder=folder)
     except OSError as e:
         raise PackageError(
             f"package {path} cannot be checked: {e.filename or ''} {e.strerror}; correct the path, or free space in "
             "the temporary folder"
         ) from e
+
+
+def admit_members(folder: Path, manifest: ReleaseManifest) -> None:
+    """Return if the unpacked members in `folder` are what a device may load, with what `manifest` declares.
+
+    Raises:
+        PackageError: with the first thing that is not admitted.
+        OSError: a member cannot be read.
+    """
+    try:
+        admit_file(folder / MODEL, Allowance(control_flow=manifest.compat.control_flow))
+    except ModelError as e:
+        raise PackageError(f"the packaged model cannot be released: {e}") from e
+    admit_golden(folder / GOLDEN, manifest)
 
 
 def manifest_digest(manifest: ReleaseManifest) -> Digest:
@@ -62,7 +83,7 @@ def package_of(path: Path, report: EvaluationReport) -> GatedPackage:
     """Return what a decision on `report` says about the package `path`, after it was held against the report.
 
     Raises:
-        PackageError: it cannot be read, or is not one that we made.
+        PackageError: it cannot be read, is not one that we made, or holds what is not admitted.
         GateRefused: it holds another model than the one measured, golden samples of other data, or is for a device
             that the model was not made for.
     """

@@ -2,10 +2,12 @@
 
 Run by the device's updater in its own process, before a release becomes active. It reads the slot's manifest as plain
 JSON, checks the model's digest, loads it from bytes (so external data cannot be reached) with one thread, and compares
-with golden.npz. One JSON line on stdout; exit 0 good, 1 a bad model, 2 it could not be tried here.
+with golden.npz, within the tolerance of the first of the manifest's providers that works here. One JSON line on stdout;
+exit 0 good, 1 a bad model, 2 it could not be tried here.
 """
 
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -52,23 +54,26 @@ def _selftest(slot: Path) -> dict[str, Any]:
         golden = dict(np.load(slot / "golden.npz", allow_pickle=False))
     except OSError as e:
         raise _Unable(f"{e.filename}: {e.strerror}") from e
-    _check_runtime(manifest["compat"]["onnxruntime"], ort.__version__)
+    compat, n = manifest["compat"], manifest["golden"]["n"]
+    _check_runtime(compat["onnxruntime"], ort.__version__)
     stated = next(m["sha256"] for m in manifest["members"] if m["path"] == "model.onnx")
     if hashlib.sha256(model).hexdigest() != stated:
         raise _Bad(f"model.onnx is not the one of the manifest (sha256 {stated[:12]})")
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    wanted = [p for p in manifest["compat"]["providers"] if p in ort.get_available_providers()]
+    wanted = [p for p in compat["providers"] if p in ort.get_available_providers()]
     if not wanted:
-        raise _Unable(f"none of the providers {manifest['compat']['providers']} is here")
+        raise _Unable(f"none of the providers {compat['providers']} is here")
     session = ort.InferenceSession(model, options, providers=wanted)
+    provider = next(p for p in session.get_providers() if p in wanted)  # one that cannot start gives way to the next
+    tolerance = next(t for t in manifest["golden"]["tolerances"] if t["provider"] == provider)
     feeds = {k.removeprefix("input:"): v for k, v in golden.items() if k.startswith("input:")}
     expected = {k.removeprefix("output:"): v for k, v in golden.items() if k.startswith("output:")}
     if not expected:
         raise _Bad("golden.npz holds no expected outputs")
     found = dict(zip(expected, session.run(list(expected), feeds), strict=True))
-    return _compare(found, expected, manifest["golden"])
+    return {"provider": provider, **_compare(found, expected, {"n": n, **tolerance})}
 
 
 def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], limits: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,14 +98,17 @@ def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], limits: Mapp
     return {"n": limits["n"], "max_abs_error": worst, "argmax_agreement": agreement}
 
 
-def _check_runtime(minimum: str, found: str) -> None:
-    """Return if `found` is at least `minimum`, comparing their leading numbers."""
+def _check_runtime(allowed: Mapping[str, str], found: str) -> None:
+    """Return if `found` is at least `minimum` and older than `below`, comparing their leading numbers."""
 
     def numbers(version: str) -> list[int]:
-        return [int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:3]]
+        parts = [int("".join(itertools.takewhile(str.isdigit, part)) or 0) for part in version.split(".")[:3]]
+        return parts + [0] * (3 - len(parts))
 
-    if numbers(found) < numbers(minimum):
-        raise _Unable(f"onnxruntime {found} is older than {minimum}, which this release needs; update it")
+    if numbers(found) < numbers(allowed["minimum"]):
+        raise _Unable(f"onnxruntime {found} is older than {allowed['minimum']}, which this release needs; update it")
+    if numbers(found) >= numbers(allowed["below"]):
+        raise _Unable(f"onnxruntime {found} is not below {allowed['below']}, up to which this release is good")
 
 
 if __name__ == "__main__":

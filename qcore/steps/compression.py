@@ -1,10 +1,12 @@
 """Compression on files: a model in, the bytes of a smaller one and a summary out."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qcore import __version__
 from qcore.canonical import Digest, Json
 from qcore.errors import ConfigError
 from qcore.steps.calibration import CALIBRATION_BINS, count_table
@@ -125,7 +127,8 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
     raw = read_model_bytes(model)
     check_table(measured, model_sha256=sha256_bytes(raw), name=str(model))
     evidence = Evidence(table=lambda current: measured, fit=(), held_out=(), batch=1, task="none")
-    return _written(raw, parse_model(raw, str(model)), out, loaded, (target, evidence), silent)
+    asked = Asked(target=target, evidence=evidence, data={"calibration": measured.data_sha256})
+    return _written(raw, parse_model(raw, str(model)), out, loaded, asked, silent)
 
 
 def compress(
@@ -192,7 +195,10 @@ def trained(model: Path, out: Path, recipe: "Recipe", target: str, training: Tra
         refuse_hopeless(out, recipe.training_steps, training.device)
         school = school_of(raw, training, out=out, folder=Path(folder))
         evidence = None if dataset is None else gathered(parsed, dataset, recipe.needs_samples, training.progress)
-        summary = _written(raw, parsed, out, recipe, (target, evidence), training.progress, school=school)
+        data = {"train": learn.sha256, "validation": judge.sha256}
+        data |= {} if dataset is None else {"calibration": dataset.sha256}
+        asked = Asked(target=target, evidence=evidence, data=data)
+        summary = _written(raw, parsed, out, recipe, asked, training.progress, school=school)
     if is_first():
         for path in states:
             path.unlink(missing_ok=True)
@@ -256,7 +262,17 @@ def apply_to_file(
     raw = read_model_bytes(model)
     parsed = parse_model(raw, str(model))
     evidence = None if dataset is None else gathered(parsed, dataset, recipe.needs_samples, progress)
-    return _written(raw, parsed, out, recipe, (target, evidence), progress)
+    data = {} if dataset is None else {"calibration": dataset.sha256}
+    return _written(raw, parsed, out, recipe, Asked(target=target, evidence=evidence, data=data), progress)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """For what a model is compressed, on what evidence, and the digests of the data behind that by their use."""
+
+    target: str
+    evidence: "Evidence | None"
+    data: Mapping[str, Digest]
 
 
 def _written(
@@ -264,21 +280,33 @@ def _written(
     model: "ir.Model",
     out: Path,
     recipe: "Recipe",
-    asked: "tuple[str, Evidence | None]",
+    asked: Asked,
     progress: Progress,
     *,
     school: "School | None" = None,
 ) -> CompressionSummary:
+    from qcore.canonical import sha256_bytes
     from qcore.compression import Shared
     from qcore.compression import compress as apply_recipe
     from qcore.files import write_atomic
-    from qcore.graph.io import serialize_model
+    from qcore.graph.history import Making, serialize_made
     from qcore.target import load_target
 
-    target, evidence = asked
-    profile = load_target(target)
-    result = apply_recipe(model, recipe, profile, evidence, Shared(school=school, within=progress))
-    written = serialize_model(result.model)
+    profile = load_target(asked.target)
+    result = apply_recipe(model, recipe, profile, asked.evidence, Shared(school=school, within=progress))
+    kept = tuple(s.method for s in result.steps if s.kept)
+    written = serialize_made(
+        result.model,
+        Making(
+            made_from=sha256_bytes(raw),
+            recipe=recipe.name,
+            recipe_sha256=recipe.sha256,
+            steps=kept,
+            target=profile.name if recipe.reads_target else None,
+            data=asked.data,
+            qcore_version=__version__,
+        ),
+    )
     refuse_unusable(written, f"the result of recipe {recipe.name} for {profile.name}")
     if is_first():
         write_atomic(out, written)

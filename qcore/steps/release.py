@@ -7,6 +7,9 @@ from qcore import __version__
 from qcore.steps.guard import read_evidence, refuse_overwrite
 
 if TYPE_CHECKING:
+    from qcore.data.dataset import Dataset
+    from qcore.release.golden import GoldenFile
+    from qcore.release.manifest import Compatibility
     from qcore.release.package import Package
     from qcore.release.repository import Release
 
@@ -20,40 +23,98 @@ def package(
     version: str,
     target: str | None = None,
     split: str = "evaluation",
+    memory_mb: int = 0,
+    control_flow: bool = False,
 ) -> "Package":
     """Return the package written to `out`: the model, golden samples from `split`, and what a device must be.
 
     It says nothing about how good the model is: `gate` decides about the package, and `publish` asks for that decision.
+    The same arguments, files and installed versions give the same bytes.
+
+    Args:
+        model: the candidate.
+        data: data card.
+        out: where the package goes.
+        family: name of the model on devices.
+        version: of the release.
+        target: profile name or file; None: the one that the model was quantized for.
+        split: of the card.
+        memory_mb: MiB that a process needs that runs the model, where somebody measured it; 0: nobody did.
+        control_flow: declare that the model may hold If, Loop or Scan; devices that do not allow it refuse it then.
 
     Raises:
-        PackageError: `target` is not the profile that the model was quantized for; None takes the model's own.
+        PackageError: `target` is not the profile that the model was quantized for.
+        ModelError: the model is not one that devices may load.
     """
     import tempfile
 
     from qcore.data.dataset import open_dataset
     from qcore.graph.io import read_model_bytes
+    from qcore.release.admission import Allowance, admit
     from qcore.release.golden import compatibility, write_golden
     from qcore.release.manifest import Provenance
     from qcore.release.package import PackageSource, build_package
 
     refuse_overwrite(out, model, data=data)
     raw, dataset = read_model_bytes(model), open_dataset(data, split)
-    with tempfile.TemporaryDirectory() as folder:
-        copied = Path(folder) / "model.onnx"  # golden answers and packaged bytes are of one reading
+    admit(raw, str(model), Allowance(control_flow=control_flow))
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        copied = folder / "model.onnx"  # golden answers and packaged bytes are of one reading
         copied.write_bytes(raw)
-        golden = write_golden(raw, dataset, Path(folder) / "golden.npz")
+        golden = write_golden(raw, dataset, folder / "golden.npz")
+        compat = compatibility(raw, target, memory_mb=memory_mb, control_flow=control_flow)
+        limits = golden.limits(compat.providers)
+        written = _described(folder, raw, dataset, (family, version, golden, compat))
         source = PackageSource(
             family=family,
             version=version,
             model=copied,
             golden=golden.path,
-            compat=compatibility(raw, target),
+            card=written["card"],
+            sbom=written["sbom"],
+            labels=written.get("labels"),
+            compat=compat,
             inputs=golden.inputs,
             outputs=golden.outputs,
-            golden_limits=golden.limits,
+            golden_limits=limits,
             provenance=Provenance(data_sha256=dataset.sha256, qcore_version=__version__),
         )
         return build_package(source, out)
+
+
+def _described(
+    folder: Path, raw: bytes, dataset: "Dataset", named: "tuple[str, str, GoldenFile, Compatibility]"
+) -> dict[str, Path]:
+    """Return model card, parts list and, where the card names classes, labels, written into `folder`."""
+    from qcore.canonical import canonical_json
+    from qcore.data.images import class_folders
+    from qcore.release.card import render_card
+    from qcore.release.facts import PackageFacts, installed_tools, model_facts
+    from qcore.release.sbom import render_sbom
+
+    family, version, golden, compat = named
+    digest, history = model_facts(raw)
+    facts = PackageFacts(
+        family=family,
+        version=version,
+        model_sha256=digest,
+        model_bytes=len(raw),
+        history=history,
+        data_sha256=dataset.sha256,
+        task=dataset.card.task,
+        compat=compat,
+        golden=golden.limits(compat.providers),
+        inputs=golden.inputs,
+        outputs=golden.outputs,
+        tools=installed_tools(),
+    )
+    files = {"card": render_card(facts).encode(), "sbom": canonical_json(render_sbom(facts)) + b"\n"}
+    if classes := class_folders(dataset.card, dataset.folder):
+        files["labels"] = canonical_json(classes) + b"\n"
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return {name: folder / name for name in files}
 
 
 def publish(*, package: Path, evidence: Path, repository: str | Path, keys: Path, channel: str = "stable") -> "Release":

@@ -274,11 +274,21 @@ def _run(bench: Bench, recipe: "Recipe") -> Json:
 
 
 def _made(bench: Bench, recipe: "Recipe") -> "tuple[Compressed, bytes]":
+    from qcore import __version__
     from qcore.compression import compress
-    from qcore.graph.io import serialize_model
+    from qcore.graph.history import Making, serialize_made
 
     made = compress(bench.model, recipe, bench.target, bench.evidence(), bench.shared)
-    return made, serialize_model(made.model)
+    making = Making(
+        made_from=sha256_bytes(bench.raw),
+        recipe=recipe.name,
+        recipe_sha256=recipe.sha256,
+        steps=tuple(s.method for s in made.steps if s.kept),
+        target=bench.target.name if recipe.reads_target else None,
+        data={"calibration": bench.dataset.sha256} if recipe.reads_calibration_data else {},
+        qcore_version=__version__,
+    )
+    return made, serialize_made(made.model, making)
 
 
 def _keep(bench: Bench, raw: bytes) -> Digest:

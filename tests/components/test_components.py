@@ -4,6 +4,8 @@ import ast
 import inspect
 import json
 import math
+import subprocess
+import sys
 import textwrap
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -156,6 +158,29 @@ def test_an_output_says_what_it_is(world: World, name: str, form: str) -> None:
     path = world.path(name)
     expected = {"format": form, "sha256": sha256_file(path), "size_bytes": path.stat().st_size}
     assert world.artifacts[name].metadata == expected
+
+
+def test_the_command_makes_the_same_package(world: World, tmp_path: Path) -> None:
+    options = {"--model": world.path("quantized"), "--data": world.path("data"), "--out": tmp_path / "p.qpkg"}
+    named = ["--family", "digits", "--version", "1.0.0", "--target", "x86-avx2", "--json"]
+    command = [sys.executable, "-m", "qcore", "package", *(str(x) for pair in options.items() for x in pair), *named]
+    said = json.loads(subprocess.check_output(command, text=True))
+    assert (tmp_path / "p.qpkg").read_bytes() == world.path("package").read_bytes()
+    assert said["file_bytes"] == world.path("quantized").stat().st_size
+    assert said["download_bytes"] == world.path("package").stat().st_size
+    assert said["flash_bytes"] > said["file_bytes"]
+
+
+def test_no_private_key_is_in_artifacts_journals_or_the_repository(world: World) -> None:
+    """Everything that a run leaves behind, searched for every key as it lies in its file."""
+    keys = sorted((world.folder / "keys").glob("*.pem"))
+    secrets = [line for key in keys for line in key.read_bytes().splitlines() if not line.startswith(b"-----")]
+    files = [p for p in world.folder.rglob("*") if p.is_file() and p.parent.name != "keys"]
+    assert len(keys) >= 5
+    assert secrets
+    assert {"journal", "repository"} < {p.relative_to(world.folder).parts[0] for p in files}
+    leaking = [str(p) for p in files if any(s in p.read_bytes() for s in [*secrets, b"PRIVATE KEY"])]
+    assert leaking == []
 
 
 def test_metrics_are_the_reports_numbers(world: World) -> None:

@@ -206,7 +206,9 @@ def test_the_registry_says_what_was_shipped(both: Both) -> None:
     assert version.tags["package.sha256"] == release["sha256"]
     assert (version.tags["qcore.ota.channel"], version.tags["qcore.ota.counter"]) == ("stable", str(release["counter"]))
     aliases = client.get_registered_model("digits").aliases
-    assert {alias: str(n) for alias, n in aliases.items()} == dict.fromkeys(("candidate", "champion"), version.version)
+    assert {alias: str(n) for alias, n in aliases.items()} == dict.fromkeys(
+        ("candidate", "champion"), str(version.version)
+    )
 
 
 def test_a_server_that_hangs_changes_nothing_and_gets_it_all_later(both: Both) -> None:

@@ -3,6 +3,7 @@
 The forgeries are signed with the keys that the attacker of each row is assumed to hold.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,6 +11,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,8 +23,9 @@ from tuf.api.metadata import Metadata, MetaFile, Snapshot, Targets, Timestamp
 from qcore.canonical import sha256_bytes
 from qcore.device.config import DeviceConfig
 from qcore.device.updater import check, install
-from qcore.errors import UpdateError
-from qcore.release.package import build_package
+from qcore.errors import PackageError, UpdateError
+from qcore.release.manifest import RuntimeRange
+from qcore.release.package import Package, PackageSource, build_package
 from qcore.release.repository import publish_release, refresh
 
 
@@ -266,13 +269,123 @@ def test_the_evidence_of_a_release_is_public_beside_it(world: World) -> None:
     assert path.name.startswith(sha256_bytes(path.read_bytes()))
 
 
-def test_a_signed_model_that_is_not_admitted_is_not_loaded(world: World) -> None:
-    """Even where gate and publisher let a model pass that looks at files beside it, the device does not."""
+@pytest.fixture
+def careless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and publisher let every package pass that can be read: the device must not rely on them."""
+    monkeypatch.setattr("qcore.release.subject.admit_members", lambda folder, manifest: None)
+
+
+def odd_package(world: World, change: Callable[[PackageSource], object]) -> Package:
     source = package_source(world.folder / "odd", "1.2.0")
+    changed = change(source)
+    return build_package(changed if isinstance(changed, PackageSource) else source, world.folder / "odd.qpkg")
+
+
+def pointing_outside(source: PackageSource) -> None:
     model = onnx.load_from_string(source.model.read_bytes())
-    weight = model.graph.initializer[0]
-    weight.external_data.add(key="location", value="../../../etc/passwd")
+    model.graph.initializer[0].external_data.add(key="location", value="../../../etc/passwd")
     source.model.write_bytes(model.SerializeToString())
-    package = build_package(source, world.folder / "odd.qpkg")
+
+
+def pickled(source: PackageSource) -> None:
+    np.savez(source.golden, **{"input:x": np.array([{}], dtype=object), "output:y": np.zeros((5, 3), np.float32)})
+
+
+NOT_ADMITTED = [
+    (pointing_outside, "E_MODEL", "lies in another file"),
+    (lambda s: s.model.write_bytes(s.model.read_bytes() * 2), "E_MODEL", "twice"),
+    (pickled, "E_PACKAGE", "objects are never loaded"),
+]
+
+
+@pytest.mark.parametrize(("change", "code", "reason"), NOT_ADMITTED, ids=["external data", "two models", "pickle"])
+def test_a_signed_model_that_is_not_admitted_is_not_loaded(
+    world: World, careless: None, change: Callable[[PackageSource], object], code: str, reason: str
+) -> None:
+    """Even where gate and publisher let a model pass that looks at files beside it, the device does not."""
+    package = odd_package(world, change)
     publish_release(world.store, world.submission(package), world.keys, now=now())
-    assert "lies in another file" in refused(world.device(), "E_MODEL")
+    assert reason in refused(world.device(), code)
+
+
+@pytest.mark.parametrize(("change", "code", "reason"), NOT_ADMITTED, ids=["external data", "two models", "pickle"])
+def test_what_is_not_admitted_is_not_published(
+    world: World, change: Callable[[PackageSource], object], code: str, reason: str
+) -> None:
+    del code
+    package = odd_package(world, change)
+    before = sorted(world.store.folder.rglob("*"))
+    with pytest.raises(PackageError, match=reason):
+        publish_release(world.store, world.submission(package), world.keys, now=now())
+    assert sorted(world.store.folder.rglob("*")) == before
+
+
+def needing(**changes: object) -> Callable[[PackageSource], PackageSource]:
+    return lambda source: dataclasses.replace(source, compat=dataclasses.replace(source.compat, **changes))
+
+
+NEW_RUNTIME = RuntimeRange(minimum="99.1", tested="99.1.0", below="100")
+OLD_RUNTIME = RuntimeRange(minimum="0.9", tested="0.9.1", below="1")
+
+
+@pytest.mark.parametrize(
+    ("needs", "device", "reason"),
+    [
+        ({"hardware": ("npu",)}, {}, "is for hardware npu, this device is x86-vnni"),
+        ({"cpu_features": (("nonesuch", "neverseen"),)}, {}, "needs a CPU with nonesuch or neverseen"),
+        ({"cpu_features": (("avx2",),)}, {"cpu_features": ("sse2",)}, "needs a CPU with avx2"),
+        ({"onnxruntime": NEW_RUNTIME}, {}, "needs onnxruntime 99.1 or newer"),
+        ({"onnxruntime": OLD_RUNTIME}, {}, "below 1 "),
+        ({}, {"onnxruntime": "1.19.2"}, "needs onnxruntime 1.20 or newer"),
+        ({}, {"onnxruntime": "unknown"}, "correct onnxruntime in the configuration"),
+        ({"providers": ("CPUExecutionProvider",)}, {"providers": ("QNNExecutionProvider",)}, "runs on CPU"),
+        ({"memory_bytes": 1 << 50}, {}, "bytes of memory"),
+        ({"memory_bytes": 65 << 20}, {"memory_mb": 64}, "needs 68157440 bytes of memory, this device has 67108864"),
+        ({"control_flow": True}, {}, "holds control flow"),
+    ],
+)
+def test_a_release_that_this_device_cannot_run_is_not_downloaded(
+    world: World, needs: dict[str, object], device: dict[str, object], reason: str
+) -> None:
+    package = odd_package(world, needing(**needs))
+    release = publish_release(world.store, world.submission(package), world.keys, now=now())
+    world.object_path(release).unlink()  # a download would be E_UNREACHABLE
+    assert reason in refused(world.device(**device), "E_INCOMPATIBLE")
+
+
+def test_what_nobody_can_tell_of_a_device_is_a_refusal(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = odd_package(world, needing(cpu_features=(("avx2",),), memory_bytes=1))
+    publish_release(world.store, world.submission(package), world.keys, now=now())
+    monkeypatch.setattr("qcore.device.compat.CPUINFO", world.folder / "none")
+    monkeypatch.setattr("qcore.device.compat.MEMINFO", world.folder / "none")
+    assert "state cpu_features" in refused(world.device(), "E_INCOMPATIBLE")
+    assert "state memory_mb" in refused(world.device(cpu_features=("avx2",)), "E_INCOMPATIBLE")
+    assert install(world.device(cpu_features=("avx2",), memory_mb=64)).version == "1.2.0"
+
+
+def test_needs_that_differ_from_the_manifest_are_never_signed(world: World) -> None:
+    """The needs that devices read before a download are those of the package, or the gate does not sign."""
+    package = world.package("1.2.0")
+    lying = dataclasses.replace(package.manifest, compat=dataclasses.replace(package.manifest.compat, opset=13))
+    found = publish_release(world.store, world.submission(package), world.keys, now=now())
+    assert found.version == "1.2.0"
+    metadata_of_role = sorted(metadata(world, "").glob("*.models-digits.json"), key=lambda p: int(p.name.split(".")[0]))
+    custom = Metadata[Targets].from_bytes(metadata_of_role[-1].read_bytes()).signed.targets[found.target].custom
+    assert custom["compat"] == package.manifest.compat.to_json() != lying.compat.to_json()
+
+    def lie(role: Targets) -> None:
+        role.targets[found.target].custom["compat"] = lying.compat.to_json()
+
+    resign(world, "models-digits", lie, [world.keys.signer("gate"), world.keys.signer("publisher")])
+    assert "holds another release than its metadata say" in refused(world.device(), "E_PACKAGE")
+
+
+def test_a_disk_too_small_for_the_unpacked_package_is_told_before_the_download(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = world.publish("1.2.0")
+    world.object_path(release).unlink()
+    usage = shutil.disk_usage(world.folder)
+    needed = release.size_bytes + (1 << 20)  # the download and the reserve
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed))
+    refused(world.device(), "E_NOSPACE")

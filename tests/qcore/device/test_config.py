@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
+from qcore.device.compat import DeviceFacts, device_facts
 from qcore.device.config import SELFTEST, load_config
 from qcore.errors import ConfigError
 
@@ -52,6 +54,14 @@ def test_an_address_stays_an_address(tmp_path: Path) -> None:
         (GOOD + "selftest_timeout_s = 0", "selftest_timeout_s is 0; allowed"),
         (GOOD + "selftest_timeout_s = nan", "selftest_timeout_s is nan; allowed"),
         (GOOD + "selftest_timeout_s = 'x'", "expected a number of seconds"),
+        (GOOD + "cpu_features = 'avx2'", r"cpu_features is 'avx2'; expected a list of strings, e\.g\. \[\"avx2\"\]"),
+        (GOOD + "providers = [1]", "providers is .1.; expected a list"),
+        (GOOD + "memory_mb = 1.5", "memory_mb is 1.5; expected a number of MiB"),
+        (GOOD + "memory_mb = true", "memory_mb is True; expected a number of MiB"),
+        (GOOD + "memory_mb = -1", "memory_mb is -1; allowed"),
+        (GOOD + "selftest_memory_mb = -1", "selftest_memory_mb is -1; allowed"),
+        (GOOD + "control_flow = 1", "control_flow is 1; expected true or false"),
+        (GOOD + "onnxruntime = 1.24", "onnxruntime is 1.24; expected a string"),
         (GOOD.replace('"repo"', '""'), "repository is empty"),
         ("= 3", "not valid TOML"),
     ],
@@ -60,6 +70,33 @@ def test_every_mistake_is_one_line(tmp_path: Path, text: str, message: str) -> N
     with pytest.raises(ConfigError, match=message) as e:
         load_config(write(tmp_path, text))
     assert "\n" not in str(e.value)
+
+
+def test_what_a_device_is_may_be_stated(tmp_path: Path) -> None:
+    stated = 'cpu_features = ["avx2"]\nmemory_mb = 64\nonnxruntime = "1.24.1"\nproviders = ["P"]\ncontrol_flow = true\n'
+    facts = device_facts(load_config(write(tmp_path, GOOD + stated)))
+    assert facts == DeviceFacts(
+        hardware="x86-vnni",
+        cpu_features=frozenset({"avx2"}),
+        memory_bytes=64 << 20,
+        onnxruntime="1.24.1",
+        providers=("P",),
+        control_flow=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["processor : 0\nflags\t\t: fpu avx2\nflags : fpu\n", "Features\t: avx2 fpu\n"], ids=["x86", "ARM"]
+)
+def test_what_is_not_stated_is_asked_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    (tmp_path / "meminfo").write_text("MemTotal:       2048 kB\nMemFree: 1 kB\n")
+    monkeypatch.setattr("qcore.device.compat.CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("qcore.device.compat.MEMINFO", tmp_path / "meminfo")
+    facts = device_facts(load_config(write(tmp_path, GOOD)))
+    assert (facts.cpu_features, facts.memory_bytes) == ({"avx2", "fpu"}, 2 << 20)
+    assert facts.onnxruntime == onnxruntime.__version__
+    assert facts.providers is None
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulators import package_source, run_python, tiny_model, write_golden
+from simulators import CPU, package_source, run_python, tiny_model, write_golden
 
 from qcore.canonical import Json, sha256_bytes
 from qcore.release.package import build_package, unpack_package
@@ -54,7 +54,13 @@ def set_model(slot: Path, model: bytes) -> None:
 def test_a_good_model_passes_as_a_process(slot: Path) -> None:
     done = run_python(["-m", "qcore.runtime.selftest", str(slot)])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout) == {"ok": True, "n": 5, "max_abs_error": 0.0, "argmax_agreement": 1.0}
+    assert json.loads(done.stdout) == {
+        "ok": True,
+        "provider": CPU,
+        "n": 5,
+        "max_abs_error": 0.0,
+        "argmax_agreement": 1.0,
+    }
 
 
 @pytest.mark.parametrize("model", [b"", b"not onnx", tiny_model(0)[:-10]], ids=["empty", "text", "cut"])
@@ -83,8 +89,24 @@ def test_the_manifest_decides_how_much_error_is_allowed(
     slot: Path, capsys: pytest.CaptureFixture[str], shift: float, allowed: float, code: int
 ) -> None:
     write_golden(slot / "golden.npz", tiny_model(0), error=shift)
-    set_manifest(slot, lambda v: v["golden"].update(max_abs_error=allowed))
+    set_manifest(slot, lambda v: v["golden"]["tolerances"][0].update(max_abs_error=allowed))
     assert answer(slot, capsys)[0] == code
+
+
+def test_the_limits_are_those_of_the_first_provider_that_is_here(
+    slot: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_golden(slot / "golden.npz", tiny_model(0), error=0.01)
+
+    def loose_elsewhere(manifest: Json) -> None:
+        tight = manifest["golden"]["tolerances"][0]
+        manifest["golden"]["tolerances"] = [{**tight, "provider": "QNNExecutionProvider", "max_abs_error": 1.0}, tight]
+        manifest["compat"]["providers"] = ["QNNExecutionProvider", CPU]
+
+    set_manifest(slot, loose_elsewhere)
+    code, value = answer(slot, capsys)
+    assert code == 1
+    assert "error 0.01 (allowed 0.0001)" in str(value["error"])
 
 
 def test_outputs_that_are_not_finite_are_refused(slot: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +136,8 @@ def test_golden_samples_without_answers_or_with_fewer_are_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v["compat"].update(onnxruntime="99.0"), "is older than 99.0"),
+        (lambda v: v["compat"]["onnxruntime"].update(minimum="99.0"), "is older than 99.0"),
+        (lambda v: v["compat"]["onnxruntime"].update(below="1.2"), "is not below 1.2"),
         (lambda v: v["compat"].update(providers=["NoSuchProvider"]), "none of the providers"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from securesystemslib.signer import CryptoSigner
-from simulators import FAMILY, HARDWARE, about, decision, gated, now, package_source
+from simulators import FAMILY, about, decision, gated, now, package_source
 from tuf.api.metadata import Delegations, TargetFile, Targets
 
 from qcore.canonical import sha256_bytes
@@ -37,7 +37,8 @@ class Case:
         self.package = package
         evidence = sign_decision(about(package), GATE)
         self.proof = Proof(sha256=package.sha256, manifest=package.manifest, evidence=evidence)
-        custom = {"counter": 5, "model_sha256": package.manifest.model_sha256, "evidence": EVIDENCE, "hw": [HARDWARE]}
+        custom = {"counter": 5, "model_sha256": package.manifest.model_sha256, "evidence": EVIDENCE}
+        custom |= {"compat": package.manifest.compat.to_json(), "flash_bytes": package.manifest.flash_bytes}
         self.new.targets[PATH] = target(PATH, package.path.read_bytes(), custom)
         self.new.targets[EVIDENCE] = target(EVIDENCE, evidence)
         self.proofs = {PATH: self.proof}
