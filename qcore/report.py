@@ -20,6 +20,7 @@ from qcore.waiver import (
     WaivedCheck,
     Waiver,
     override_from_json,
+    parse_time,
     refuse_not_permitted,
     refuse_other_subject,
     signed_waiver_from_json,
@@ -28,7 +29,7 @@ from qcore.waiver import (
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 REPORT_SCHEMA = "qcore.evaluation/2"
-DECISION_SCHEMA = "qcore.decision/2"
+DECISION_SCHEMA = "qcore.decision/3"
 Task = Literal["classification", "regression", "anomaly", "none"]
 Direction = Literal["higher", "lower"]
 
@@ -294,7 +295,8 @@ class GatedPackage:
 class GateDecision:
     """The outcome for one model, bound by digest to everything it was derived from.
 
-    `package` is what may be published on it, None for a local decision. `override` says who may waive checks of the
+    `package` is what may be published on it, None for a local decision. `decided` is when (`2026-11-27T12:00:00Z`), None
+    where nobody said; a release with a bound on the age of its evidence does not take such a decision. `override` says who may waive checks of the
     policy, `waivers` who did; a waived check keeps its own outcome.
 
     Invariant: `outcome` is `pass` only if there is at least one check and all checks pass or are waived; `fail` and
@@ -317,10 +319,16 @@ class GateDecision:
     override: Override = NOBODY
     package: GatedPackage | None = None
     waivers: tuple[SignedWaiver, ...] = ()
+    decided: str | None = None
 
     def __post_init__(self) -> None:
         """Hold the invariant, also for a decision from a file: a pass cannot be built from anything else."""
         _ = self.binding  # refuses what is no digest
+        if self.decided is not None:
+            try:
+                parse_time(self.decided)
+            except GateRefused as e:
+                raise GateRefused(f"gate decision: decided {self.decided!r} is no time; run `qcore gate` again") from e
         for signed in self.waivers:
             refuse_not_permitted(signed.waiver, self.override)
             refuse_other_subject(signed.waiver, self.binding)
@@ -351,7 +359,7 @@ class GateDecision:
         return MappingProxyType({c.name: s.waiver for s in self.waivers for c in s.waiver.checks})
 
     def to_json(self) -> Json:
-        """Return the JSON form (`qcore.decision/2`)."""
+        """Return the JSON form (`qcore.decision/3`)."""
         return {"schema": DECISION_SCHEMA, **asdict(self)}
 
 

@@ -22,6 +22,7 @@ from qcore.release.repository import Release, Submission, init_repository, publi
 from qcore.release.store import DirectoryStore, Object
 from qcore.release.subject import manifest_digest
 from qcore.report import Check, GateDecision, GatedPackage, Outcome
+from qcore.waiver import format_time
 
 FAMILY = "digits"
 HARDWARE = "x86-vnni"
@@ -82,7 +83,8 @@ def gated(package: Package) -> GatedPackage:
 
 def about(package: Package, outcome: Outcome = "pass") -> GateDecision:
     """Return a gate decision about this package."""
-    return dataclasses.replace(decision(package.manifest.model_sha256, outcome), package=gated(package))
+    local = decision(package.manifest.model_sha256, outcome)
+    return dataclasses.replace(local, package=gated(package), decided=format_time(now()))
 
 
 def decision(model_sha256: str, outcome: Outcome = "pass") -> GateDecision:

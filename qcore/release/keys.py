@@ -15,6 +15,7 @@ from pathlib import Path
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from securesystemslib.signer import Key, Signer, SSlibKey
+from tuf.api.metadata import Root
 
 from qcore.errors import ReleaseError
 from qcore.files import fsync_dir, write_atomic
@@ -32,6 +33,10 @@ ROOT_NAMES = ("root1", "root2", "root3")
 """Offline keys of the roles root and targets."""
 ROOT_THRESHOLD = 2
 ONLINE_NAMES = ("gate", "publisher", "snapshot", "timestamp")
+OLD = ".old"
+"""Behind the name of a key that is being rotated out; only snapshot and timestamp have a time with both keys."""
+NEW = ".new"
+"""Behind the name of a key that is made for a rotation which is not finished; it signs nothing yet."""
 GATE = "gate"
 PUBLIC_GATE = "gate.pub"
 """The gate's public key, for whoever checks evidence without the repository."""
@@ -75,9 +80,29 @@ class KeyRing:
             )
         return self.signers[name]
 
+    def public_key(self, name: str) -> Key:
+        """Return the public key of `name`: of the signer that is held, else of the file `name.pub` beside the ring.
+
+        Raises:
+            ReleaseError: there is neither.
+        """
+        public = self.folder / f"{name}.pub"
+        return load_public_key(public) if name not in self.signers and public.exists() else self.signer(name).public_key
+
     def channel(self, channel: str) -> Signer:
         """Return the signer of the channel `channel`."""
         return self.signer(f"channel-{channel}")
+
+    def for_role(self, name: str, root: Root) -> tuple[Signer, ...]:
+        """Return the signers of the top role `name` that `root` trusts: two while its key is being rotated.
+
+        Raises:
+            ReleaseError: none of them is held.
+        """
+        known = root.roles[name].keyids
+        held = [self.signers[n] for n in (name, f"{name}{OLD}") if n in self.signers]
+        trusted = tuple(s for s in held if s.public_key.keyid in known)
+        return trusted or (self.signer(name),)  # a wrong key is refused where its signature is verified
 
     @property
     def root(self) -> tuple[Signer, ...]:
@@ -150,8 +175,10 @@ def load_keys(folder: Path) -> KeyRing:
     """
     signers: dict[str, Signer] = {}
     for suffix in (".pem", SERVICE_SUFFIX):
-        paths = [folder / f"{n}{suffix}" for n in (*ROOT_NAMES, *ONLINE_NAMES)]
-        for path in (*(p for p in paths if p.exists()), *sorted(folder.glob(f"channel-*{suffix}"))):
+        names = (*ROOT_NAMES, *ONLINE_NAMES, f"snapshot{OLD}", f"timestamp{OLD}")
+        paths = [folder / f"{n}{suffix}" for n in names]
+        channels = (p for p in sorted(folder.glob(f"channel-*{suffix}")) if not p.name.endswith(f"{NEW}{suffix}"))
+        for path in (*(p for p in paths if p.exists()), *channels):
             name = path.name.removesuffix(suffix)
             if name in signers:
                 raise ReleaseError(f"{folder} holds {name} twice, as file and in a service; remove one of them")

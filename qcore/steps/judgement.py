@@ -318,7 +318,7 @@ def gate(
         policy: gate policy; None: the default one.
         package: what shall be published; without it the decision is a local one, which `publish` refuses.
         waivers: files of `waive`, made for exactly this decision.
-        now: aware; waivers must hold then. None: the time of the call.
+        now: aware; the decision is of that time, and waivers must hold then. None: the time of the call.
 
     Raises:
         GateRefused: the report is missing or contradicts itself, the policy asks for what was not measured, the
@@ -334,6 +334,7 @@ def gate(
     from qcore.release.keys import load_signer
     from qcore.release.subject import package_of
     from qcore.release.waivers import overridden
+    from qcore.waiver import format_time
 
     refuse_overwrite(out, report, key, *filter(None, (policy, package)), *waivers)
     loaded = load_report(report)
@@ -342,7 +343,8 @@ def gate(
     if package is not None:
         decision = replace(decision, package=package_of(package, loaded))
     signed = [read_evidence(path, "waiver", "qcore gate waive") for path in waivers]
-    decision = overridden(decision, signed, now or datetime.now(UTC))
+    at = now or datetime.now(UTC)
+    decision = replace(overridden(decision, signed, at), decided=format_time(at))
     write_atomic(out, sign_decision(decision, load_signer(key)))
     return decision
 

@@ -193,7 +193,7 @@ def _decided_again(report: "EvaluationReport", policy: "GatePolicy", decision: "
     from qcore.gate import decide
     from qcore.report import outcome_of
 
-    fresh = replace(decide(report, policy), package=decision.package)
+    fresh = replace(decide(report, policy), package=decision.package, decided=decision.decided)
     if fresh.binding != decision.binding or not decision.waivers:
         return fresh
     return replace(fresh, outcome=outcome_of(fresh.checks, decision.waived.keys()), waivers=decision.waivers)

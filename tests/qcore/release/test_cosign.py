@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 from securesystemslib.signer import CryptoSigner
-from simulators import FAMILY, HARDWARE, about, decision, gated, now, package_source
+from simulators import DATA, FAMILY, HARDWARE, POLICY, about, decision, gated, now, package_source
 from tuf.api.metadata import Delegations, TargetFile, Targets
 
 from qcore.canonical import sha256_bytes
 from qcore.errors import GateRefused
-from qcore.release.cosign import Proof, cosign
+from qcore.release.approval import Approval
+from qcore.release.cosign import Proof, Terms, cosign
 from qcore.release.evidence import sign_decision
 from qcore.release.package import Package, build_package
 
@@ -41,6 +42,7 @@ class Case:
         self.new.targets[PATH] = target(PATH, package.path.read_bytes(), custom)
         self.new.targets[EVIDENCE] = target(EVIDENCE, evidence)
         self.proofs = {PATH: self.proof}
+        self.terms: dict[str, object] = {}
 
     def evidence(self, data: bytes) -> None:
         self.proofs[PATH] = replace(self.proof, evidence=data)
@@ -50,7 +52,10 @@ class Case:
         self.new.targets[PATH].custom[name] = value
 
     def judge(self, at: datetime = NOW) -> None:
-        cosign(self.old, self.new, self.proofs, [GATE.public_key], at)
+        trusted = [GATE.public_key]
+        approval = Approval(policies={POLICY: "any"}, data=(DATA,))
+        terms = Terms(gate_keys=trusted, build_keys=trusted, approval=approval, served=(), now=at)
+        cosign(self.old, self.new, self.proofs, replace(terms, **self.terms))
 
 
 @pytest.fixture
