@@ -295,9 +295,9 @@ class GatedPackage:
 class GateDecision:
     """The outcome for one model, bound by digest to everything it was derived from.
 
-    `package` is what may be published on it, None for a local decision. `decided` is when (`2026-11-27T12:00:00Z`), None
-    where nobody said; a release with a bound on the age of its evidence does not take such a decision. `override` says who may waive checks of the
-    policy, `waivers` who did; a waived check keeps its own outcome.
+    `package` is what may be published on it, None for a local decision. `decided` is when (2026-11-27T12:00:00Z); None
+    where nobody said, and then the evidence has no age and is not published. `override` says who may waive checks of
+    the policy, `waivers` who did; a waived check keeps its own outcome.
 
     Invariant: `outcome` is `pass` only if there is at least one check and all checks pass or are waived; `fail` and
     `inconclusive` only if a check that is not waived says so. Every waiver is about exactly this decision, within what

@@ -147,6 +147,13 @@ def rollback(config: DeviceConfig) -> Installed:
             raise refusal(
                 "E_NO_PREVIOUS", "no previous release is kept here; install a release, or publish an older one"
             )
+        floor = load_state(config.state_dir).floor
+        if previous.record.counter < floor:
+            raise refusal(
+                "E_ROLLBACK",
+                f"{previous.record.version} is revoked: counter {previous.record.counter} is below the floor {floor}; "
+                "install a release instead",
+            )
         if reason := damage(previous):
             raise refusal("E_HASH", f"{reason}; install a release instead")
         if current is not None:
@@ -167,6 +174,7 @@ def status(config: DeviceConfig) -> Json:
         "family": config.family,
         "channel": config.channel,
         "state": "serving" if whole else "broken" if current else "empty",
+        "revoked": current is not None and current.record.counter < state.floor,
         "active": {**asdict(current.record), "slot": str(current.path)} if current else None,
         "previous": previous.record.version if previous and previous != current else None,
         "epoch": state.epochs.get(_pointer_path(config), 0),
@@ -244,6 +252,9 @@ def _find_offer(config: DeviceConfig, source: Source) -> tuple[Offer, TargetFile
             f"{path} points at {pointer['release']}, which gate and publisher did not sign; do not trust it",
         )
     custom = _checked(target, {"counter": int, "floor": int, "model_sha256": str, "hw": list})
+    raised = source.updater.get_targetinfo(f"models/{config.family}/floor.json")
+    if raised is not None:
+        custom = {**custom, "floor": max(custom["floor"], _checked(raised, {"floor": int})["floor"])}
     state = _raise_mark(config, path, pointer, custom)
     if config.hardware not in custom["hw"]:
         raise refusal(

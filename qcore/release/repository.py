@@ -31,6 +31,7 @@ from qcore.release.metadata import (
     first_commit,
     is_due,
     lifetime,
+    load_current,
     load_root,
     load_trusted,
     sign_root,
@@ -172,6 +173,18 @@ def approved_targets(trusted: Trusted, keys: KeyRing, family: str, approval: App
         return None
     role.unrecognized_fields[APPROVED] = wanted.to_json()
     return targets
+
+
+def introduce(store: ObjectStore, keys: KeyRing, candidate: Candidate, *, now: datetime) -> None:
+    """Make the candidate's family known, if it is new, with what its first evidence says approved: a development ring.
+
+    Raises:
+        GateRefused: no signed pass for exactly this package.
+        ReleaseError: the family is new and the root keys are not here.
+    """
+    family, now = candidate.proof.manifest.family, utc(now)
+    if delegation(load_current(store, keys, now).targets, f"models-{family}") is None:
+        approve(store, keys, family, _first_approval(candidate, keys, now), now=now)
 
 
 def publish_release(store: ObjectStore, submission: Submission, keys: KeyRing, *, now: datetime) -> Release:
@@ -332,15 +345,19 @@ def _plan(trusted: Trusted, candidate: Candidate, keys: KeyRing, now: datetime) 
 def _with_family(trusted: Trusted, candidate: Candidate, keys: KeyRing, now: datetime) -> Trusted:
     """Return the state with the candidate's family, whose first evidence says what is approved: a development ring."""
     family = candidate.proof.manifest.family
+    targets = approved_targets(trusted, keys, family, _first_approval(candidate, keys, now), now)
+    return trusted if targets is None else replace(trusted, targets=targets)
+
+
+def _first_approval(candidate: Candidate, keys: KeyRing, now: datetime) -> Approval:
+    """Return the approval of what the first evidence of a family was decided by: only where the root keys are."""
     decision = check_evidence(candidate.proof, [keys.public_key("gate")], now)
     if len(keys.root) < ROOT_THRESHOLD:
         raise ReleaseError(
-            f"family {family!r} is new here and needs the offline root keys once ({len(keys.root)} of "
-            f"{ROOT_THRESHOLD} held); run `qcore repo approve` where they are, then publish again"
+            f"family {candidate.proof.manifest.family!r} is new here and needs the offline root keys once "
+            f"({len(keys.root)} of {ROOT_THRESHOLD} held); run `qcore repo approve` where they are, then publish again"
         )
-    first = Approval(policies={decision.policy_sha256: "any"}, data=(decision.data_sha256,))
-    targets = approved_targets(trusted, keys, family, first, now)
-    return trusted if targets is None else replace(trusted, targets=targets)
+    return Approval(policies={decision.policy_sha256: "any"}, data=(decision.data_sha256,))
 
 
 def _signed_release(trusted: Trusted, candidate: Candidate, keys: KeyRing, now: datetime) -> Draft:

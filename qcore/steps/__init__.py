@@ -36,7 +36,10 @@ from qcore.steps.reduction import decompose as decompose
 from qcore.steps.reduction import prune as prune
 from qcore.steps.reduction import prune_channels as prune_channels
 from qcore.steps.release import package as package
+from qcore.steps.release import provenance as provenance
 from qcore.steps.release import publish as publish
+from qcore.steps.repository import cosign as cosign
+from qcore.steps.repository import refresh as refresh
 from qcore.steps.search import sensitivity as sensitivity
 from qcore.steps.tries import journal_path as journal_path
 from qcore.steps.tries import models_path as models_path
