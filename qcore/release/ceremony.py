@@ -152,9 +152,11 @@ def sign_draft(draft: OfflineDraft, signers: Sequence[Signer]) -> OfflineDraft:
     if not fitting:
         asked = ", ".join(k[:8] for k in draft.signers)
         raise ReleaseError(f"none of the keys here is asked for (asked: {asked}); sign where one of these is")
-    for metadata in (draft.root, draft.targets):
-        for signer in fitting if metadata is not None else ():
-            metadata.sign(signer, append=True)
+    for signer in fitting:
+        if draft.root is not None:
+            draft.root.sign(signer, append=True)
+        if draft.targets is not None:
+            draft.targets.sign(signer, append=True)
     return draft
 
 

@@ -54,10 +54,10 @@ def read_pointer(role: Targets, path: str) -> Pointer | None:
     """
     if path not in role.targets:
         return None
-    custom = custom_of(role.targets[path])
     known = {f.name for f in fields(Pointer)}
+    values: dict[str, Any] = {k: v for k, v in custom_of(role.targets[path]).items() if k in known}
     try:
-        return Pointer(**{k: tuple(v) if k == "yanked" else v for k, v in custom.items() if k in known})
+        return Pointer(**{**values, "yanked": tuple(values.get("yanked", ()))})
     except TypeError as e:
         raise ReleaseError(f"{path}: its signed custom data are no pointer ({e}); check who signs this channel") from e
 

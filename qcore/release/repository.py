@@ -49,6 +49,7 @@ from qcore.release.roles import (
     delegation,
     gate_keys,
     held_signers,
+    known_family,
     next_version,
     object_key,
     retired_gate_keys,
@@ -158,7 +159,7 @@ def approve(store: ObjectStore, keys: KeyRing, family: str, approval: Approval, 
         return Change(drafts={"targets": Draft(role=targets, signers=held)}, record=record)
 
     trusted = transact(store, keys, now, decide)
-    return approval_of(trusted.targets.get_delegated_role(f"models-{family}"))
+    return approval_of(known_family(trusted, family))
 
 
 def approved_targets(trusted: Trusted, keys: KeyRing, family: str, approval: Approval, now: datetime) -> Targets | None:

@@ -88,7 +88,8 @@ def publish(
     from datetime import UTC, datetime
 
     from qcore.release.keys import load_keys
-    from qcore.release.repository import Submission, publish_release
+    from qcore.release.proposal import Submission
+    from qcore.release.repository import publish_release
     from qcore.release.store import DirectoryStore
 
     submission = Submission(

@@ -14,7 +14,7 @@ import pytest
 from kfp import dsl
 
 from qcore import components, demo
-from qcore.components import calibrate, evaluate, gate, package, prune, publish, quantize
+from qcore.components import calibrate, cosign, evaluate, gate, package, prune, publish, quantize
 from qcore.components.images import IMAGE
 from qcore.demo.make_data import write_digits
 from qcore.errors import GateRefused, ModelError
@@ -107,9 +107,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             key=str(folder / "keys" / "gate.pem"),
             policy=POLICY,
         )
+        cosign.python_func(
+            package=made["package"],
+            evidence=made["evidence"],
+            cosigned=out("cosigned"),
+            repository=str(folder / "repository"),
+            keys=str(folder / "keys"),
+        )
         publish.python_func(
             package=made["package"],
             evidence=made["evidence"],
+            cosigned=made["cosigned"],
             release=out("release"),
             repository=str(folder / "repository"),
             keys=str(folder / "keys"),
@@ -131,6 +139,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         ("report", "qcore-evaluation"),
         ("evidence", "qcore-evidence"),
         ("package", "qpkg"),
+        ("cosigned", "qcore-cosigned-role"),
         ("release", "qcore-release"),
     ],
 )
