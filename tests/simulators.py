@@ -18,7 +18,8 @@ from qcore.release.evidence import sign_decision
 from qcore.release.keys import KeyRing, create_keys
 from qcore.release.manifest import Compatibility, Golden, Provenance, TensorInfo
 from qcore.release.package import Package, PackageSource, build_package
-from qcore.release.repository import Release, Submission, init_repository, publish_release
+from qcore.release.proposal import Submission
+from qcore.release.repository import Release, init_repository, publish_release
 from qcore.release.store import DirectoryStore, Object
 from qcore.release.subject import manifest_digest
 from qcore.report import Check, GateDecision, GatedPackage, Outcome

@@ -37,12 +37,22 @@ def new_key(
 def draft(
     out: opt.Out,
     root_key: Annotated[list[Path], typer.Option("--root-key", help="Public key of an offline key; three or more.")],
-    key: Annotated[list[str], typer.Option("--key", help="NAME=FILE.pub of an online key; repeatable.")],
+    key: Annotated[list[str] | None, typer.Option("--key", help="NAME=FILE.pub of an online key; repeatable.")] = None,
     family: Annotated[list[str] | None, typer.Option("--family", help="Family known from the start.")] = None,
+    repository: Annotated[
+        Path | None, typer.Option("--repository", help="Draft the next root of this one: its offline keys change.")
+    ] = None,
+    keys: Annotated[Path | None, typer.Option("--keys", help="With --repository: folder of its pinned root.")] = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Write the first root and targets of a repository as a draft, from public keys alone; then `sign` it twice."""
-    steps.draft_root(out=out, root_keys=root_key, online=key, families=family or ())
+    """Write the first root and targets of a repository as a draft, from public keys alone; then `sign` it twice.
+
+    With --repository: the next root, with other offline keys; two of the old and two of the new ones sign it.
+    """
+    if repository is None or keys is None:
+        steps.draft_root(out=out, root_keys=root_key, online=key or (), families=family or ())
+    else:
+        steps.draft_next_root(out=out, root_keys=root_key, repository=repository, keys=keys)
     print_json({"draft": str(out)}) if as_json else print_facts("Draft for two offline keys", {"": str(out)})
 
 

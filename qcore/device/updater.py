@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+import urllib3
+from tuf.api.exceptions import DownloadError
 from tuf.api.metadata import Metadata, Root, TargetFile, Timestamp
 
 from qcore.canonical import Digest, Json, sha256_json
@@ -129,6 +131,7 @@ def install(config: DeviceConfig, *, retry: bool = False) -> Installed:
         sweep(config.state_dir)
         slot = _stage(config, source, offer.release, target)
         _try(config, slot)
+        _refuse_withdrawn(config, offer.release)
         switch(config.state_dir, slot)
         _quarantine(config, offer.release.sha256, None)
         sweep(config.state_dir)
@@ -340,6 +343,21 @@ def _try(config: DeviceConfig, slot: Slot) -> None:
             "E_SELFTEST",
             f"{slot.record.version} failed its self-test here: {verdict.reason}; it is quarantined, the active "
             "model is unchanged; publish a new version",
+        )
+
+
+def _refuse_withdrawn(config: DeviceConfig, release: Record) -> None:
+    """Refuse a release that was taken back while it was downloaded and tried; one out of reach says nothing."""
+    try:
+        later = _find_offer(config, _open(config))[0]
+    except (DownloadError, urllib3.exceptions.HTTPError):
+        return
+    if later.release.sha256 != release.sha256 or later.action == "held":
+        sweep(config.state_dir)
+        raise refusal(
+            "E_NO_RELEASE",
+            f"{release.version} was taken back, or another release took its place, while it was installed; the active "
+            "model is unchanged; check again",
         )
 
 

@@ -219,6 +219,21 @@ def draft_root(*, out: Path, root_keys: Sequence[Path], online: Sequence[str], f
     write_atomic(out, first_draft(public, now=datetime.now(UTC)).to_bytes())
 
 
+def draft_next_root(*, out: Path, root_keys: Sequence[Path], repository: str | Path, keys: Path) -> None:
+    """Write the draft of the root that follows the present one to `out`: `root_keys` replace the offline keys.
+
+    Raises:
+        ReleaseError: fewer than three keys, or the repository does not verify from the pinned root in `keys`.
+    """
+    from qcore.release.ceremony import root_draft
+    from qcore.release.keys import load_public_key, load_ring
+    from qcore.release.metadata import load_current
+
+    now = datetime.now(UTC)
+    trusted = load_current(open_repository(repository), load_ring(keys), now)
+    write_atomic(out, root_draft(trusted, [load_public_key(p) for p in root_keys], now=now).to_bytes())
+
+
 def init_signed(*, repository: str | Path, keys: Path, draft: Path) -> Path:
     """Return the pinned root of the repository that was made from `draft`, which the offline keys signed.
 

@@ -294,6 +294,24 @@ def test_root_keys_are_replaced_and_old_devices_follow(world: World) -> None:
         approve(world.store, world.keys, FAMILY, Approval(policies={"6" * 64: "any"}, data=()), now=now())
 
 
+def test_root_keys_on_machines_of_their_own_are_replaced_by_a_draft(world: World) -> None:
+    install(world.device())
+    new, draft = world.folder / "new", world.folder / "draft.json"
+    public = [life.new_key(name=name, keys=new) for name in ("root1", "root2", "root3")]
+    place = {"repository": world.store.folder, "keys": part(world, "desk", "snapshot", "timestamp").folder}
+    life.draft_next_root(out=draft, root_keys=public, **place)
+    life.sign_draft(file=draft, keys=[world.keys.folder / "root1.pem", world.keys.folder / "root3.pem"])
+    with pytest.raises(ReleaseError, match="signatures"):
+        life.submit(file=draft, **place)
+    assert trusted_root(world).version == 1
+    life.sign_draft(file=draft, keys=[new / "root2.pem", new / "root1.pem"])
+    for _ in range(2):
+        life.submit(file=draft, **place)
+    assert trusted_root(world).version == 2
+    assert check(world.device()).action == "current"
+    assert check(world.device("new")).action == "install"
+
+
 def test_a_rotation_goes_on_after_a_crash_before_the_files_are_renamed(world: World) -> None:
     from qcore.release.keys import fresh_key
     from qcore.release.rotation import Renewal, rotate_delegated
