@@ -33,6 +33,7 @@ COMPONENTS = (
     evaluate,
     package,
     gate,
+    cosign,
     publish,
 )
 """The chain."""
