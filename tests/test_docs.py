@@ -37,7 +37,7 @@ def test_links_lead_somewhere(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_that_are_shown_exist(document):
     root = typer.main.get_command(app)
-    for words in re.findall(r"(?:^|`)qcore((?: [a-z]+)+)", document.read_text(), re.MULTILINE):
+    for words in re.findall(r"(?:^|`)qcore((?: [a-z][a-z-]*)+)", document.read_text(), re.MULTILINE):
         command = root
         for word in words.split():
             commands = getattr(command, "commands", None)

@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from qcore.release.withdrawal import Withdrawal
 
 app = typer.Typer(help="The signed repository that devices read.", no_args_is_help=True, rich_markup_mode=None)
-for name, verb in signing.VERBS.items():
-    app.command(name)(verb)
+app.command("new-key")(signing.new_key)
+app.command("draft")(signing.draft)
+app.command("sign")(signing.sign)
+app.command("approve")(signing.approve)
+app.command("propose")(signing.propose)
+app.command("cosign")(signing.cosign)
+app.command("submit")(signing.submit)
+app.command("rotate")(signing.rotate)
 
 WARNINGS = {"good": "", "half": "half its life is gone", "quarter": "SIGN AGAIN NOW", "expired": "EXPIRED"}
 ReleaseTarget = Annotated[str, typer.Option("--target", help="The release: models/FAMILY/VERSION.qpkg.")]

@@ -1,6 +1,5 @@
 """The verbs of `qcore repo` about keys and signatures that come from several machines."""
 
-from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -167,16 +166,3 @@ def rotate(
     """Put a new key in the place of an old one; needs the root keys. Interrupted, run it again."""
     said = steps.rotate(repository=repository, keys=keys, name=name, key=key, finish=finish, compromised=compromised)
     print_json({"key": name, "done": said}) if as_json else print(said)
-
-
-VERBS: Mapping[str, Callable[..., None]] = {
-    "new-key": new_key,
-    "draft": draft,
-    "sign": sign,
-    "approve": approve,
-    "propose": propose,
-    "cosign": cosign,
-    "submit": submit,
-    "rotate": rotate,
-}
-"""By the word that people type."""

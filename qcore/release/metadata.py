@@ -234,7 +234,9 @@ def first_commit(store: ObjectStore, root: Root, drafts: Mapping[str, Draft], ke
     record = new_record({"action": "init"}, {n: _signers_of(d) for n, d in drafts.items()}, None, now)
     snapshot.unrecognized_fields[AUDIT] = sha256_bytes(record)
     put_object(store, record_key(sha256_bytes(record)), record)
-    timestamp = _new_timestamp(store, root, snapshot, keys, now)
+    snapshot.expires = now + lifetime("snapshot")
+    meta = _put_snapshot(store, root, snapshot, keys)
+    timestamp = Timestamp(expires=now + lifetime("timestamp"), snapshot_meta=meta)
     return store.put_if_absent(TIMESTAMP_KEY, _sign(timestamp, keys.for_role("timestamp", root), "timestamp", root))
 
 
@@ -271,10 +273,11 @@ def _commit(store: ObjectStore, trusted: Trusted, change: Change, keys: KeyRing,
     metas = {**trusted.snapshot.meta, **{f"{name}.json": meta for name, meta in drafted.items()}}
     if change.drafts or change.record is not None or is_due("snapshot", trusted.snapshot, now):
         snapshot = Snapshot(version=trusted.snapshot.version + 1, meta=metas, unrecognized_fields=fields)
-        timestamp = _new_timestamp(store, trusted.root, snapshot, keys, now, change.life)
+        snapshot.expires = _end("snapshot", now, change.life)
+        timestamp = Timestamp(snapshot_meta=_put_snapshot(store, trusted.root, snapshot, keys))
     else:
         timestamp = Timestamp(snapshot_meta=trusted.timestamp.snapshot_meta)
-        timestamp.expires = _end("timestamp", now, change.life)
+    timestamp.expires = _end("timestamp", now, change.life)
     timestamp.version = trusted.timestamp.version + 1
     data = _sign(timestamp, keys.for_role("timestamp", trusted.root), "timestamp", trusted.root)
     return store.put_if_match(TIMESTAMP_KEY, data, trusted.etag)
@@ -289,13 +292,9 @@ def _signers_of(draft: Draft) -> list[str]:
     return sorted({*elsewhere, *(s.public_key.keyid for s in draft.signers)})
 
 
-def _new_timestamp(  # noqa: PLR0913 - the state of one commit
-    store: ObjectStore, root: Root, snapshot: Snapshot, keys: KeyRing, now: datetime, life: timedelta | None = None
-) -> Timestamp:
-    snapshot.expires = _end("snapshot", now, life)
+def _put_snapshot(store: ObjectStore, root: Root, snapshot: Snapshot, keys: KeyRing) -> MetaFile:
     sign = partial(_sign, snapshot, keys.for_role("snapshot", root), "snapshot", root)
-    meta = _put_next(store, "snapshot", snapshot, sign)
-    return Timestamp(expires=_end("timestamp", now, life), snapshot_meta=meta)
+    return _put_next(store, "snapshot", snapshot, sign)
 
 
 def _put_draft(store: ObjectStore, name: str, draft: Draft, delegator: Root | Targets, now: datetime) -> MetaFile:

@@ -2,13 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from simulators import DATA, FAMILY, POLICY, World, about, make_world, now
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from simulators import DATA, FAMILY, POLICY, Crash, CrashingStore, World, about, make_world, now
 from tuf.api.metadata import Metadata, Root
 
 from qcore import steps
@@ -17,12 +19,14 @@ from qcore.device.updater import check, install, rollback, status
 from qcore.errors import GateRefused, QcoreError, ReleaseError, UpdateError
 from qcore.release.approval import Approval
 from qcore.release.evidence import sign_decision
-from qcore.release.keys import KeyRing, load_keys
+from qcore.release.keys import KeyRing, create_keys, fresh_key, load_keys
 from qcore.release.metadata import load_trusted
 from qcore.release.proposal import Submission, cosign_proposal, inspect, propose, submit
 from qcore.release.records import AUDIT, read_records, record_key
 from qcore.release.repository import approve, publish_release, refresh
 from qcore.release.repository import status as roles
+from qcore.release.rotation import Renewal, rotate_delegated, rotate_root
+from qcore.release.store import ObjectStore
 from qcore.release.withdrawal import Yank, revoke, yank
 from qcore.steps import repository as life
 from qcore.steps.auditing import audit
@@ -313,9 +317,6 @@ def test_root_keys_on_machines_of_their_own_are_replaced_by_a_draft(world: World
 
 
 def test_a_rotation_goes_on_after_a_crash_before_the_files_are_renamed(world: World) -> None:
-    from qcore.release.keys import fresh_key
-    from qcore.release.rotation import Renewal, rotate_delegated
-
     fresh = fresh_key(world.keys.folder, "publisher")
     rotate_delegated(world.store, world.keys, Renewal(name="publisher", signer=fresh), now=now())
     ring = rotate(world, "publisher")
@@ -362,6 +363,61 @@ def test_a_published_state_that_clients_cannot_read_is_said(world: World) -> Non
     at = now() + timedelta(days=364)  # targets and root expire within the new timestamp's life
     with pytest.raises(ReleaseError, match=r"committed, but a client at .* cannot read it"):
         refresh(world.store, part(world, "online", "snapshot", "timestamp"), now=at)
+
+
+# Whatever happens on the way
+
+
+def changes(world: World, fresh: KeyRing) -> dict[str, Callable[[ObjectStore], object]]:
+    """Return what is done to a repository, by name."""
+    renewal = Renewal(name="channel-stable", signer=fresh.signer("publisher"))
+    return {
+        "yank": lambda store: yank(store, world.keys, Yank(release=V2, to=V1), now=now()),
+        "revoke": lambda store: revoke(store, world.keys, V1, now=now()),
+        "approve": lambda store: approve(
+            store, world.keys, FAMILY, Approval(policies={"5" * 64: "any"}, data=()), now=now()
+        ),
+        "rotate": lambda store: rotate_delegated(store, world.keys, renewal, now=now()),
+        "rotate root": lambda store: rotate_root(store, world.keys, fresh.root, now=now()),
+    }
+
+
+@pytest.mark.parametrize("what", ["yank", "revoke", "approve", "rotate", "rotate root"])
+def test_a_process_that_dies_after_any_write_is_finished_by_the_next_run(tmp_path: Path, what: str) -> None:
+    fresh = create_keys(tmp_path / "fresh", ["stable"])
+    for lives in range(1, 100):
+        world = make_world(tmp_path / str(lives))
+        world.publish("1.0.0")
+        world.publish("1.1.0", seed=1)
+        change = changes(world, fresh)[what]
+        try:
+            change(CrashingStore(world.store, lives))
+        except Crash:
+            assert check(world.device()).release.version in ("1.0.0", "1.1.0")
+            change(world.store)
+            assert check(world.device("later")).release.version in ("1.0.0", "1.1.0")
+        else:
+            break
+    assert lives > 4
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_changed_byte_of_the_repository_is_refused_or_means_the_same(world: World, data: st.DataObject) -> None:
+    files = sorted(p for p in world.store.folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    path = data.draw(st.sampled_from(files))
+    good = path.read_bytes()
+    position = data.draw(st.integers(0, len(good) - 1))
+    path.write_bytes(good[:position] + bytes([good[position] ^ data.draw(st.integers(1, 255))]) + good[position + 1 :])
+    state = world.device("new").state_dir
+    try:
+        found = install(world.device("new")).sha256
+    except UpdateError:
+        found = None
+    finally:
+        path.write_bytes(good)
+        shutil.rmtree(state)
+    assert found in (None, world.package("1.1.0", seed=1).sha256)
 
 
 # Provenance
