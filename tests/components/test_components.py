@@ -14,7 +14,7 @@ import pytest
 from kfp import dsl
 
 from qcore import components, demo
-from qcore.components import calibrate, cosign, evaluate, gate, package, prune, publish, quantize
+from qcore.components import calibrate, cosign, evaluate, gate, package, prune, publish, quantize, refresh_repository
 from qcore.components.images import IMAGE
 from qcore.demo.make_data import write_digits
 from qcore.errors import GateRefused, ModelError
@@ -230,6 +230,11 @@ def test_a_failed_gate_cannot_be_published(world: World, tmp_path: Path) -> None
             keys=str(world.folder / "keys"),
         )
     assert not (tmp_path / "release").exists()
+
+
+def test_a_repository_is_refreshed_when_something_is_due(world: World) -> None:
+    place = {"repository": str(world.folder / "repository"), "keys": str(world.folder / "keys")}
+    assert refresh_repository.python_func(**place) == ""
 
 
 @pytest.mark.parametrize("component", ALL, ids=lambda c: c.name)
