@@ -82,7 +82,10 @@ def approve(
     against: Annotated[
         AgainstWhat, typer.Option("--against", help="served: evaluations must compare with what a channel serves.")
     ] = AgainstWhat.any,
-    max_age: Annotated[int, typer.Option("--max-age", min=1, help="Days that evidence is good for.")] = 30,
+    max_age: Annotated[
+        int | None, typer.Option("--max-age", min=1, help="Days that evidence is good for; at first 30.")
+    ] = None,
+    only: Annotated[bool, typer.Option("--only", help="In place of what was approved before.")] = False,
     draft_out: Annotated[
         Path | None, typer.Option("--draft", help="Write the change here, for offline keys on other machines.")
     ] = None,
@@ -99,6 +102,7 @@ def approve(
         evidence=evidence,
         against=against.value,
         max_age_days=max_age,
+        only=only,
         draft=draft_out,
     )
     if as_json:

@@ -25,25 +25,38 @@ Against = Literal["any", "served"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Approval:
-    """Digests of policies (with what they must compare against) and of evaluation data, and the age of evidence."""
+    """Digests of policies (with what they must compare against) and of evaluation data, and the age of evidence.
+
+    `max_age` None: nobody said; MAX_AGE counts.
+    """
 
     policies: Mapping[Digest, Against]
     data: tuple[Digest, ...]
-    max_age: timedelta = MAX_AGE
+    max_age: timedelta | None = None
 
     def __post_init__(self) -> None:
         """Refuse what approves nothing that can be meant."""
         odd = [d for d in (*self.policies, *self.data) if not (isinstance(d, str) and len(d) == 64)]
-        if odd or any(v not in get_args(Against) for v in self.policies.values()) or self.max_age <= timedelta(0):
+        if (
+            odd
+            or any(v not in get_args(Against) for v in self.policies.values())
+            or (self.max_age or MAX_AGE) <= timedelta(0)
+        ):
             raise GateRefused(f"approval {self!r} cannot be used; allowed: digests, any or served, an age above 0")
 
     def to_json(self) -> Json:
         """Return the form that is signed."""
-        return {
-            "policies": dict(sorted(self.policies.items())),
-            "data": sorted(self.data),
-            "max_age_s": int(self.max_age.total_seconds()),
-        }
+        said = {} if self.max_age is None else {"max_age_s": int(self.max_age.total_seconds())}
+        return {"policies": dict(sorted(self.policies.items())), "data": sorted(self.data), **said}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grant:
+    """A wish: that `approval` counts for `family`, beside what is approved already; with `only`, in its place."""
+
+    family: str
+    approval: Approval
+    only: bool = False
 
 
 NOTHING = Approval(policies={}, data=())
@@ -59,7 +72,7 @@ def approval_from_json(value: object) -> Approval:
         return NOTHING
     try:
         v = cast("dict[str, Any]", value)
-        age = timedelta(seconds=v["max_age_s"])
+        age = timedelta(seconds=v["max_age_s"]) if "max_age_s" in v else None
         return Approval(policies=dict(v["policies"]), data=tuple(v["data"]), max_age=age)
     except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise GateRefused(f"approval: the signed field {APPROVED} is malformed ({e!r}); approve again") from e
@@ -68,7 +81,7 @@ def approval_from_json(value: object) -> Approval:
 def widened(old: Approval, new: Approval) -> Approval:
     """Return what approves both; where they say different things of one policy, and of the age, `new` counts."""
     data = tuple(sorted({*old.data, *new.data}))
-    return Approval(policies={**old.policies, **new.policies}, data=data, max_age=new.max_age)
+    return Approval(policies={**old.policies, **new.policies}, data=data, max_age=new.max_age or old.max_age)
 
 
 def refuse_unapproved(decision: GateDecision, approval: Approval, served: Collection[Digest], now: datetime) -> None:
@@ -99,8 +112,9 @@ def refuse_unapproved(decision: GateDecision, approval: Approval, served: Collec
     if decision.decided is None:
         raise GateRefused("the evidence does not say when it was decided; run `qcore gate` again")
     age = now - parse_time(decision.decided)
-    if not -SKEW <= age <= approval.max_age:
+    oldest = approval.max_age or MAX_AGE
+    if not -SKEW <= age <= oldest:
         raise GateRefused(
-            f"the evidence is of {decision.decided}; allowed: at most {approval.max_age} old, and not of the future; "
+            f"the evidence is of {decision.decided}; allowed: at most {oldest} old, and not of the future; "
             "evaluate and run `qcore gate` again"
         )

@@ -19,7 +19,7 @@ from tuf.api.metadata import DelegatedRole, Metadata, Root, Targets
 from qcore.canonical import Digest, Json, sha256_bytes
 from qcore.errors import ReleaseError
 from qcore.files import write_atomic
-from qcore.release.approval import APPROVED, Approval, widened
+from qcore.release.approval import APPROVED, Approval, Grant, widened
 from qcore.release.canary import TIMESTAMP_KEY
 from qcore.release.cosign import check_evidence, cosign, floor_of
 from qcore.release.keys import ROOT_THRESHOLD, KeyRing
@@ -136,17 +136,17 @@ def init_repository(store: ObjectStore, keys: KeyRing, channels: Sequence[str], 
     return root_bytes
 
 
-def approve(store: ObjectStore, keys: KeyRing, family: str, approval: Approval, *, now: datetime) -> Approval:
-    """Return what is approved for `family` after `approval` was added to it; a family that is new is delegated.
+def approve(store: ObjectStore, keys: KeyRing, grant: Grant, *, now: datetime) -> Approval:
+    """Return what is approved for the family of `grant` after it; a family that is new is delegated.
 
     Raises:
         ReleaseError: the ring does not hold the offline keys.
     """
-    check_name("family", family, ReleaseError)
+    check_name("family", grant.family, ReleaseError)
     now = utc(now)
 
     def decide(trusted: Trusted) -> Change | None:
-        targets = approved_targets(trusted, keys, family, approval, now)
+        targets = approved_targets(trusted, keys, grant, now)
         if targets is None:
             return None
         held = held_signers(keys, "targets")
@@ -155,21 +155,22 @@ def approve(store: ObjectStore, keys: KeyRing, family: str, approval: Approval, 
                 f"approving needs the offline root keys ({len(keys.root)} of {ROOT_THRESHOLD} held); run this where "
                 "they are, or write a draft for them with --draft"
             )
-        record = {"action": "approve", "family": family, **approval.to_json()}
+        record = {"action": "approve", "family": grant.family, "only": grant.only, **grant.approval.to_json()}
         return Change(drafts={"targets": Draft(role=targets, signers=held)}, record=record)
 
     trusted = transact(store, keys, now, decide)
-    return approval_of(known_family(trusted, family))
+    return approval_of(known_family(trusted, grant.family))
 
 
-def approved_targets(trusted: Trusted, keys: KeyRing, family: str, approval: Approval, now: datetime) -> Targets | None:
-    """Return the next `targets` role, in which `family` is known and `approval` added; None if it says that already."""
+def approved_targets(trusted: Trusted, keys: KeyRing, grant: Grant, now: datetime) -> Targets | None:
+    """Return the next `targets` role, in which the family is known and `grant` done; None if it says that already."""
     targets = next_version(trusted.targets, now + lifetime("targets"))
-    role = delegation(targets, f"models-{family}")
+    role = delegation(targets, f"models-{grant.family}")
     if role is None:
-        delegate_family(targets, family, [keys.public_key("gate"), keys.public_key("publisher")], approval)
+        both = [keys.public_key("gate"), keys.public_key("publisher")]
+        delegate_family(targets, grant.family, both, grant.approval)
         return targets
-    wanted = widened(approval_of(role), approval)
+    wanted = grant.approval if grant.only else widened(approval_of(role), grant.approval)
     if wanted == approval_of(role):
         return None
     role.unrecognized_fields[APPROVED] = wanted.to_json()
@@ -185,7 +186,7 @@ def introduce(store: ObjectStore, keys: KeyRing, candidate: Candidate, *, now: d
     """
     family, now = candidate.proof.manifest.family, utc(now)
     if delegation(load_current(store, keys, now).targets, f"models-{family}") is None:
-        approve(store, keys, family, _first_approval(candidate, keys, now), now=now)
+        approve(store, keys, _first_grant(candidate, keys, now), now=now)
 
 
 def publish_release(store: ObjectStore, submission: Submission, keys: KeyRing, *, now: datetime) -> Release:
@@ -345,20 +346,20 @@ def _plan(trusted: Trusted, candidate: Candidate, keys: KeyRing, now: datetime) 
 
 def _with_family(trusted: Trusted, candidate: Candidate, keys: KeyRing, now: datetime) -> Trusted:
     """Return the state with the candidate's family, whose first evidence says what is approved: a development ring."""
-    family = candidate.proof.manifest.family
-    targets = approved_targets(trusted, keys, family, _first_approval(candidate, keys, now), now)
+    targets = approved_targets(trusted, keys, _first_grant(candidate, keys, now), now)
     return trusted if targets is None else replace(trusted, targets=targets)
 
 
-def _first_approval(candidate: Candidate, keys: KeyRing, now: datetime) -> Approval:
-    """Return the approval of what the first evidence of a family was decided by: only where the root keys are."""
+def _first_grant(candidate: Candidate, keys: KeyRing, now: datetime) -> Grant:
+    """Return the grant of what the first evidence of a family was decided by: only where the root keys are."""
     decision = check_evidence(candidate.proof, [keys.public_key("gate")], now)
     if len(keys.root) < ROOT_THRESHOLD:
         raise ReleaseError(
             f"family {candidate.proof.manifest.family!r} is new here and needs the offline root keys once "
             f"({len(keys.root)} of {ROOT_THRESHOLD} held); run `qcore repo approve` where they are, then publish again"
         )
-    return Approval(policies={decision.policy_sha256: "any"}, data=(decision.data_sha256,))
+    first = Approval(policies={decision.policy_sha256: "any"}, data=(decision.data_sha256,))
+    return Grant(family=candidate.proof.manifest.family, approval=first)
 
 
 def _signed_release(trusted: Trusted, candidate: Candidate, keys: KeyRing, now: datetime) -> Draft:

@@ -79,7 +79,8 @@ def audit(
         raise ReleaseError(f"root {root} cannot be read: {e.strerror}; pass the pinned root.json") from e
     trusted = load_trusted(store, pinned)
     role = f"models-{target.split('/')[1] if target.count('/') == 2 else ''}"
-    if role not in trusted.delegated or target not in trusted.delegated[role].targets:
+    models = trusted.delegated[role].targets if role in trusted.delegated else {}
+    if target not in models or not target.endswith(".qpkg"):
         known = sorted(p for r in trusted.delegated.values() for p in r.targets if p.endswith(".qpkg"))
         raise ReleaseError(f"{target} is not published here; published: {', '.join(known) or 'nothing'}")
     findings = [_finding("metadata", lambda: f"verified from the pinned root; timestamp {trusted.timestamp.version}")]

@@ -38,7 +38,8 @@ def approve(
     split: str = "evaluation",
     evidence: Path | None = None,
     against: "Against" = "any",
-    max_age_days: int = 30,
+    max_age_days: int | None = None,
+    only: bool = False,
     draft: Path | None = None,
 ) -> "Approval":
     """Return what the offline keys approve for `family` now; the family is made known if it is new.
@@ -52,7 +53,8 @@ def approve(
         split: of `data`.
         evidence: signed decision whose policy and data are approved too; look at it first.
         against: `served`: evaluations by these policies must compare with a model that a channel serves.
-        max_age_days: how old evidence may be when it is published.
+        max_age_days: how old evidence may be when it is published; None: as before, at first 30.
+        only: what is named here counts in place of what was approved before.
         draft: where to write the change for offline signatures, instead of making it.
 
     Raises:
@@ -62,7 +64,7 @@ def approve(
     from qcore.config import load_config
     from qcore.data.dataset import open_dataset
     from qcore.gate import GatePolicy
-    from qcore.release.approval import Approval
+    from qcore.release.approval import Approval, Grant
     from qcore.release.ceremony import targets_draft
     from qcore.release.evidence import claimed_decision
     from qcore.release.keys import load_ring
@@ -76,16 +78,17 @@ def approve(
         claimed = claimed_decision(read_evidence(evidence))
         policies[claimed.policy_sha256] = against
         digests.append(claimed.data_sha256)
-    wanted = Approval(policies=policies, data=tuple(digests), max_age=timedelta(days=max_age_days))
+    age = None if max_age_days is None else timedelta(days=max_age_days)
+    grant = Grant(family=family, approval=Approval(policies=policies, data=tuple(digests), max_age=age), only=only)
     store, ring, now = open_repository(repository), load_ring(keys), datetime.now(UTC)
     if draft is None:
-        return approve_family(store, ring, family, wanted, now=now)
+        return approve_family(store, ring, grant, now=now)
     trusted = load_current(store, ring, now)
-    targets = approved_targets(trusted, ring, family, wanted, now)
+    targets = approved_targets(trusted, ring, grant, now)
     if targets is None:
         raise ReleaseError(f"all of this is approved for {family!r} already; nothing to sign")
     write_atomic(draft, targets_draft(trusted, targets).to_bytes())
-    return wanted
+    return grant.approval
 
 
 def propose(

@@ -122,7 +122,13 @@ def test_progress_is_seen_while_it_happens(both: Both) -> None:
     seen = both.passed.seen
     assert [r.name for r in seen[: len(TASKS)]] == list(TASKS)
     began = [r.name for r in seen if r.state == "running" and r.total == 0]
-    assert list(dict.fromkeys(began)) == list(TASKS)
+    order = list(dict.fromkeys(began))
+    assert set(order) == set(TASKS)
+    either = {"evaluate", "package"}  # neither waits for the other: kfp starts one of them first
+    assert [n for n in order if n not in either] == [n for n in TASKS if n not in either]
+    assert (
+        order.index("quantize") < min(map(order.index, either)) <= max(map(order.index, either)) < order.index("gate")
+    )
     assert any(r.name == "calibrate" and r.state == "running" and r.done > 0 for r in seen)
 
 

@@ -17,7 +17,7 @@ from qcore import steps
 from qcore.device.config import bundle_address
 from qcore.device.updater import check, install, rollback, status
 from qcore.errors import GateRefused, QcoreError, ReleaseError, UpdateError
-from qcore.release.approval import Approval
+from qcore.release.approval import Against, Approval, Grant
 from qcore.release.evidence import sign_decision
 from qcore.release.keys import KeyRing, create_keys, fresh_key, load_keys
 from qcore.release.metadata import load_trusted
@@ -66,6 +66,10 @@ def records(world: World) -> Sequence[str]:
 # What is approved
 
 
+def grant(policy: str, data: tuple[str, ...] = (), against: Against = "any") -> Grant:
+    return Grant(family=FAMILY, approval=Approval(policies={policy: against}, data=data))
+
+
 def submission(world: World, **changes: object) -> Submission:
     package = world.package("1.2.0", seed=2)
     evidence = sign_decision(replace(about(package), **changes), world.keys.signer("gate"))  # type: ignore[arg-type]
@@ -92,16 +96,38 @@ def test_evidence_by_other_rules_on_other_data_or_too_old_is_refused_and_nothing
 
 
 def test_what_the_offline_keys_approve_is_published(world: World) -> None:
-    approve(world.store, world.keys, FAMILY, Approval(policies={"9" * 64: "any"}, data=(DATA,)), now=now())
+    approve(
+        world.store,
+        world.keys,
+        grant("9" * 64, (DATA,)),
+        now=now(),
+    )
     done = publish_release(world.store, submission(world, policy_sha256="9" * 64), world.keys, now=now())
     assert done.version == "1.2.0"
     online = part(world, "online", "publisher", "snapshot", "timestamp", "channel-stable")
     with pytest.raises(ReleaseError, match="needs the offline root keys"):
-        approve(world.store, online, FAMILY, Approval(policies={"8" * 64: "any"}, data=()), now=now())
+        approve(world.store, online, grant("8" * 64, ()), now=now())
+
+
+def test_an_approval_is_taken_back(world: World) -> None:
+    week = Approval(policies={"9" * 64: "any"}, data=(DATA,), max_age=timedelta(days=7))
+    approve(world.store, world.keys, Grant(family=FAMILY, approval=week, only=True), now=now())
+    with pytest.raises(GateRefused, match="policy 333333333333 is not approved"):
+        world.publish("1.2.0", seed=2)
+    old = {"policy_sha256": "9" * 64, "decided": format_time(now() - timedelta(days=8))}
+    with pytest.raises(GateRefused, match="at most 7 days"):
+        publish_release(world.store, submission(world, **old), world.keys, now=now())
+    more = Approval(policies={POLICY: "any"}, data=())
+    assert approve(world.store, world.keys, Grant(family=FAMILY, approval=more), now=now()).max_age == timedelta(days=7)
 
 
 def test_where_a_policy_asks_for_the_served_model_another_baseline_is_refused(world: World) -> None:
-    approve(world.store, world.keys, FAMILY, Approval(policies={POLICY: "served"}, data=(DATA,)), now=now())
+    approve(
+        world.store,
+        world.keys,
+        grant(POLICY, (DATA,), "served"),
+        now=now(),
+    )
     with pytest.raises(GateRefused, match="compares with what is served"):
         publish_release(world.store, submission(world), world.keys, now=now())
     served = world.package("1.1.0", seed=1)
@@ -292,10 +318,15 @@ def test_root_keys_are_replaced_and_old_devices_follow(world: World) -> None:
     assert trusted_root(world).version == 2
     World(folder=world.folder, store=world.store, keys=fresh).publish("1.3.0", seed=3)
     assert install(stale).version == "1.3.0"
-    approve(world.store, fresh, FAMILY, Approval(policies={"7" * 64: "any"}, data=()), now=now())
+    approve(world.store, fresh, grant("7" * 64, ()), now=now())
     assert install(world.device("new")).version == "1.3.0"
     with pytest.raises(QcoreError):
-        approve(world.store, world.keys, FAMILY, Approval(policies={"6" * 64: "any"}, data=()), now=now())
+        approve(
+            world.store,
+            world.keys,
+            grant("6" * 64, ()),
+            now=now(),
+        )
 
 
 def test_root_keys_on_machines_of_their_own_are_replaced_by_a_draft(world: World) -> None:
@@ -374,9 +405,7 @@ def changes(world: World, fresh: KeyRing) -> dict[str, Callable[[ObjectStore], o
     return {
         "yank": lambda store: yank(store, world.keys, Yank(release=V2, to=V1), now=now()),
         "revoke": lambda store: revoke(store, world.keys, V1, now=now()),
-        "approve": lambda store: approve(
-            store, world.keys, FAMILY, Approval(policies={"5" * 64: "any"}, data=()), now=now()
-        ),
+        "approve": lambda store: approve(store, world.keys, grant("5" * 64, ()), now=now()),
         "rotate": lambda store: rotate_delegated(store, world.keys, renewal, now=now()),
         "rotate root": lambda store: rotate_root(store, world.keys, fresh.root, now=now()),
     }

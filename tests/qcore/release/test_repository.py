@@ -23,7 +23,7 @@ from tuf.api.metadata import Metadata, Targets
 
 from qcore.device.updater import check
 from qcore.errors import GateRefused, PackageError, QcoreError, ReleaseError
-from qcore.release.approval import Approval
+from qcore.release.approval import Approval, Grant
 from qcore.release.evidence import sign_decision
 from qcore.release.keys import KeyRing, create_keys, load_keys
 from qcore.release.metadata import load_trusted
@@ -166,7 +166,12 @@ def test_a_new_family_needs_the_offline_keys_once(world: World) -> None:
     online = without(world.keys, "root1", "root2", "root3")
     submission = world.submission(world.package())
     assert "needs the offline root keys once (0 of 2 held)" in str(refused(world, submission, online))
-    approve(world.store, world.keys, FAMILY, Approval(policies={POLICY: "any"}, data=(DATA,)), now=now())
+    approve(
+        world.store,
+        world.keys,
+        Grant(family=FAMILY, approval=Approval(policies={POLICY: "any"}, data=(DATA,))),
+        now=now(),
+    )
     assert publish_release(world.store, submission, online, now=now()).counter == 1
 
 
