@@ -15,6 +15,7 @@ from qcore.components.gate import gate
 from qcore.components.merge_reports import merge_reports
 from qcore.components.merge_tables import merge_tables
 from qcore.components.package import package
+from qcore.components.parity import parity
 from qcore.components.prune import prune
 from qcore.components.prune_channels import prune_channels
 from qcore.components.publish import publish
@@ -34,6 +35,7 @@ __all__ = [
     "merge_reports",
     "merge_tables",
     "package",
+    "parity",
     "prune",
     "prune_channels",
     "publish",

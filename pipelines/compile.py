@@ -22,6 +22,7 @@ from qcore.components.gate import gate
 from qcore.components.merge_reports import merge_reports
 from qcore.components.merge_tables import merge_tables
 from qcore.components.package import package
+from qcore.components.parity import parity
 from qcore.components.prune import prune
 from qcore.components.prune_channels import prune_channels
 from qcore.components.publish import publish
@@ -49,6 +50,7 @@ SOURCES: dict[str, Any] = {
             evaluate,
             evaluate_shard,
             merge_reports,
+            parity,
             gate,
             package,
             cosign,

@@ -30,7 +30,7 @@ from qcore.tracking.journal import End, Journal, now_ms
 from qcore.tracking.tracker import Tracker
 from qcore.tracking.uploader import Uploaded, Uploader
 
-TASKS = ("prune", "calibrate", "quantize", "evaluate", "package", "gate", "cosign", "publish")
+TASKS = ("prune", "calibrate", "quantize", "evaluate", "package", "parity", "gate", "cosign", "publish")
 """The tasks of `release` in the order in which they run."""
 
 POLL_S = 0.1
@@ -42,15 +42,16 @@ class ReleaseArguments:
     """What is to be released, and where to.
 
     `model` is a float ONNX file, `data` a card or a folder with exactly one, `policy` a gate policy file (None: the
-    default budget), `repository` an initialised repository folder, `keys` a key folder; `recipe` and `target` are
-    shipped names or files.
+    default budget), `champion` the released model or package that the candidate would replace (None: none),
+    `repository` an initialised repository (a folder, or s3://bucket/prefix as text), `keys` a key folder; `recipe` and
+    `target` are shipped names or files.
     """
 
     model: Path
     data: Path
     family: str
     version: str
-    repository: Path
+    repository: str | Path
     keys: Path
     recipe: str = "int8"
     target: str = "x86-avx2"
@@ -59,6 +60,7 @@ class ReleaseArguments:
     sparsity: float = 0.0
     calibration_split: str = "calibration"
     evaluation_split: str = "evaluation"
+    champion: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,8 +142,9 @@ def run_release(
 def _request(arguments: ReleaseArguments) -> dict[str, Json]:
     """Return the pipeline's parameters after checking what would otherwise fail only at the end of a long run."""
     from qcore.config import load_config
-    from qcore.gate import GatePolicy
+    from qcore.policy import GatePolicy
     from qcore.recipe import load_recipe
+    from qcore.release.location import absolute_location, is_url
     from qcore.release.manifest import check_name
     from qcore.release.signers import SERVICE_SUFFIX
     from qcore.target import load_target
@@ -152,8 +155,9 @@ def _request(arguments: ReleaseArguments) -> dict[str, Json]:
         (a.model, "model", ModelError, a.model.is_file()),
         (card, "data", DataError, card.exists()),
         (files[0], "gate key", ConfigError, any(f.is_file() for f in files)),
-        (a.repository, "repository", ConfigError, a.repository.is_dir()),
+        (a.repository, "repository", ConfigError, is_url(a.repository) or Path(a.repository).is_dir()),
         (a.policy or a.keys, "policy", ConfigError, a.policy is None or a.policy.is_file()),
+        (a.champion or a.keys, "champion", ModelError, a.champion is None or a.champion.is_file()),
     ):
         if not exists:
             raise kind(f"{what} {path}: no such file or folder; pass one that exists (`qcore repo init` makes keys)")
@@ -177,10 +181,11 @@ def _request(arguments: ReleaseArguments) -> dict[str, Json]:
         "sparsity": a.sparsity,
         "policy": a.policy.read_text(encoding="utf-8") if a.policy else "",
         "channel": a.channel,
-        "repository": str(a.repository.absolute()),
+        "repository": absolute_location(a.repository),
         "keys": str(a.keys.absolute()),
         "calibration_split": a.calibration_split,
         "evaluation_split": a.evaluation_split,
+        "champion": str(a.champion.absolute()) if a.champion else "",
     }
 
 
@@ -198,10 +203,10 @@ def _check_splits(a: ReleaseArguments) -> None:
 
 def _check_channel(a: ReleaseArguments) -> None:
     """Refuse a channel that the repository does not have."""
+    from qcore.release.location import open_store
     from qcore.release.repository import status
-    from qcore.release.store import DirectoryStore
 
-    roles = [row.role for row in status(DirectoryStore(folder=a.repository), now=datetime.now(UTC))]
+    roles = [row.role for row in status(open_store(a.repository), now=datetime.now(UTC))]
     if f"channel-{a.channel}" not in roles:
         known = ", ".join(r.removeprefix("channel-") for r in roles if r.startswith("channel-"))
         raise ReleaseError(f"repository {a.repository} has no channel {a.channel!r}; allowed: {known or 'none'}")

@@ -24,6 +24,8 @@ EXTRAS = {
     "zstandard": "release",
     "kfp": "pipeline",
     "mlflow": "track",
+    "boto3": "s3",
+    "botocore": "s3",
     "sklearn": "demo",
 }
 """Which extra of the distribution brings a package that we import."""

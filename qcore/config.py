@@ -1,7 +1,7 @@
 """YAML files that people write: parsed, checked against a pydantic model, refused in one line.
 
 A refusal says in words what the JSON Schema of the field allows: all alternatives, not the one that failed first.
-The models themselves stand where they are used (recipe in `recipe.py`, policy in `gate.py`, profile in
+The models themselves stand where they are used (recipe in `recipe.py`, policy in `policy.py`, profile in
 `target.py`, card in `data/card.py`).
 """
 

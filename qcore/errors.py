@@ -41,5 +41,9 @@ class ReleaseError(QcoreError):
     """The repository refused or could not complete a change; the published state is unchanged."""
 
 
+class DoubtfulWriteError(ReleaseError):
+    """A store's answer was lost and the object was replaced since: whether our write counted is not known."""
+
+
 class UpdateError(QcoreError):
     """The device refused or could not complete an update; the active model is unchanged."""

@@ -1,17 +1,26 @@
-"""Evaluation: candidate and baseline on exactly the same samples, counted per sample.
+"""Evaluation: candidate, baseline and a released champion on exactly the same samples, counted per sample.
 
 Streaming: of outputs only what a `Tally` holds is kept. Measuring time is the runtime's job; judging is the gate's.
 """
 
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qcore.derived import area_metrics, class_counts, class_metrics, confusion, mean, paired_counts
+from qcore.derived import (
+    agreements,
+    area_metrics,
+    champion_metrics,
+    class_counts,
+    class_metrics,
+    confusion,
+    means,
+    paired_counts,
+)
 from qcore.errors import DataError, ModelError
 from qcore.numerics.error import limited_db
 from qcore.numerics.reliability import UNIT, probability_bins, top_probability
@@ -65,6 +74,7 @@ class PairedResult:
 
     samples: Samples
     paired: PairedCounts | None
+    champion_paired: PairedCounts | None
     details: ClassDetails | None
     metrics: Mapping[str, float]
     user_metrics: Mapping[str, Direction]
@@ -75,7 +85,8 @@ class PairedResult:
         return len(self.samples.index)
 
 
-Pair = tuple[list[float], list[float]]
+MODELS = ("baseline", "candidate", "champion")
+"""The models of an evaluation, in the order in which outputs are held; the last one may be missing."""
 
 
 @dataclass(slots=True)
@@ -86,27 +97,28 @@ class _Columns:
     label: list[int] = field(default_factory=list)
     baseline: list[int] = field(default_factory=list)
     candidate: list[int] = field(default_factory=list)
-    values: dict[str, Pair] = field(default_factory=dict)
+    champion: list[int] = field(default_factory=list)
+    values: dict[str, list[list[float]]] = field(default_factory=dict)
     sums: dict[str, int] = field(default_factory=dict)
     top5: PairedCounts | None = None
+    champion_top5: PairedCounts | None = None
     bins: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     classes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """One batch: sample numbers, flat outputs of baseline and candidate, the first output's name, and the truth."""
+    """One batch: sample numbers, flat outputs of `MODELS`, and the truth."""
 
     index: NDArray[np.int64]
-    theirs: Flat
-    ours: Flat
+    outputs: tuple[Flat, ...]
     truth: Array | None
 
     @property
-    def first(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The first output of baseline and candidate."""
-        name = next(iter(self.theirs))
-        return self.theirs[name], self.ours[name]
+    def first(self) -> tuple[NDArray[np.float64], ...]:
+        """The baseline's first output, and the output of that name of the other models."""
+        name = next(iter(self.outputs[0]))
+        return tuple(side[name] for side in self.outputs)
 
 
 def evaluate(
@@ -114,9 +126,10 @@ def evaluate(
     baseline: Predict,
     batches: Iterable[tuple[NDArray[np.int64], Tensors, Array | None]],
     question: Question = CLASSES,
+    champion: Predict | None = None,
 ) -> PairedResult:
-    """Return the paired result of both models over `batches`; see `count_samples`."""
-    return result_of(count_samples(candidate, baseline, batches, question))
+    """Return the paired result of all models over `batches`; see `count_samples`."""
+    return result_of(count_samples(candidate, baseline, batches, question, champion))
 
 
 def count_samples(
@@ -124,8 +137,9 @@ def count_samples(
     baseline: Predict,
     batches: Iterable[tuple[NDArray[np.int64], Tensors, Array | None]],
     question: Question = CLASSES,
+    champion: Predict | None = None,
 ) -> Tally:
-    """Return what is kept of both models' answers over `batches`.
+    """Return what is kept of all models' answers over `batches`.
 
     The first output, over all axes but the first, is the prediction: its arg-max names the class, its values are those
     of a regression or the score of an anomaly. An output of one value per sample names no class. The output error
@@ -137,26 +151,24 @@ def count_samples(
         batches: per batch sample numbers (n,), model inputs, and the truth or None: class numbers (n,), targets
             (n, outputs) of a regression, or 0 and 1 (n,) for anomalies.
         question: the task and further metrics.
+        champion: a released model with the same inputs and output shapes, None without one.
 
     Raises:
         ModelError: outputs differ in shape, or a model gives NaN or infinity.
         DataError: the truth does not fit the model, or there are no samples.
     """
     columns = _Columns()
+    models = (baseline, candidate) if champion is None else (baseline, candidate, champion)
     for index, fed, truth in batches:
-        answers = baseline(fed), candidate(fed)
-        theirs, ours = _outputs(answers[0], "baseline", len(index)), _outputs(answers[1], "candidate", len(index))
-        shapes = [{k: v.shape[1:] for k, v in side.items()} for side in (ours, theirs)]
-        if shapes[0] != shapes[1]:
-            raise ModelError(
-                f"candidate gives outputs {shapes[0]}, baseline {shapes[1]}; allowed: equal names and shapes; pass the "
-                "model that the candidate was made from as baseline"
-            )
-        seen = _Seen(index, theirs, ours, truth)
+        answers = tuple(predict(fed) for predict in models)
+        outputs = tuple(_outputs(a, who, len(index)) for a, who in zip(answers, MODELS, strict=False))
+        _refuse_other_shapes(outputs)
+        seen = _Seen(index, outputs, truth)
         columns.index += index.tolist()
-        for name, value in theirs.items():
+        for name, value in outputs[0].items():
             _add(columns, f"power of {name}", np.sum(value**2))
-            _add(columns, f"noise of {name}", np.sum((value - ours[name]) ** 2))
+            for noise, side in zip(NOISE, outputs[1:], strict=False):
+                _add(columns, f"{noise}{name}", np.sum((value - side[name]) ** 2))
         _count(columns, seen, question)
         for metric in question.metrics:
             _score(columns, metric, answers, seen)
@@ -170,21 +182,40 @@ def count_samples(
         label=tuple(columns.label),
         baseline=tuple(columns.baseline),
         candidate=tuple(columns.candidate),
-        values={k: Values(baseline=tuple(b), candidate=tuple(c)) for k, (b, c) in columns.values.items()},
+        champion=tuple(columns.champion),
+        values={k: Values(**dict(zip(MODELS, map(tuple, v), strict=False))) for k, v in columns.values.items()},
         sums=columns.sums,
         top5=columns.top5,
+        champion_top5=columns.champion_top5,
         bins={k: tuple((int(a), int(b), int(c)) for a, b, c in v) for k, v in columns.bins.items()},
     )
+
+
+NOISE = ("noise of ", "champion's noise of ")
+"""What the squared errors of candidate and champion against the baseline are summed as, before the output's name."""
+
+
+def _refuse_other_shapes(outputs: tuple[Flat, ...]) -> None:
+    shapes = [{k: v.shape[1:] for k, v in side.items()} for side in outputs]
+    for who, found in zip(MODELS, shapes, strict=False):
+        if found != shapes[0]:
+            remedy = "pass the model that the candidate was made from as baseline"
+            if who == "champion":
+                remedy = "a champion that answers something else cannot be compared; evaluate without --champion"
+            raise ModelError(
+                f"{who} gives outputs {found}, baseline {shapes[0]}; allowed: equal names and shapes; {remedy}"
+            )
 
 
 def _add(columns: _Columns, name: str, value: float) -> None:
     columns.sums[name] = columns.sums.get(name, 0) + exact(value)
 
 
-def _append(columns: _Columns, name: str, baseline: Array, candidate: Array) -> None:
-    theirs, ours = columns.values.setdefault(name, ([], []))
-    theirs += baseline.tolist()
-    ours += candidate.tolist()
+def _append(columns: _Columns, name: str, given: Sequence[Array]) -> None:
+    """Append a batch to the columns `name`, one array (n,) per model."""
+    grown = columns.values.setdefault(name, [[] for _ in given])
+    for column, values in zip(grown, given, strict=True):
+        column += values.tolist()
 
 
 def _count(columns: _Columns, seen: _Seen, question: Question) -> None:
@@ -199,23 +230,30 @@ def _count(columns: _Columns, seen: _Seen, question: Question) -> None:
 
 
 def _count_classes(columns: _Columns, seen: _Seen) -> None:
-    theirs, ours = seen.first
+    theirs = seen.first[0]
     columns.classes = classes = theirs.shape[1]
-    named = [theirs.argmax(axis=1), ours.argmax(axis=1)]
+    named = [side.argmax(axis=1) for side in seen.first]
     if classes > 1:
-        columns.baseline += named[0].tolist()
-        columns.candidate += named[1].tolist()
+        grown = (columns.baseline, columns.candidate, columns.champion)
+        for column, classes_named in zip(grown, named, strict=False):
+            column += classes_named.tolist()
     if seen.truth is None:
         return
     labels = seen.truth.astype(np.int64)
     _check_labels(labels, seen.index, classes)
     columns.label += labels.tolist()
-    for name, outputs, top in (("baseline", theirs, named[0]), ("candidate", ours, named[1])):
+    for name, outputs, top in zip(MODELS[:2], seen.first, named, strict=False):
         bins = probability_bins(top_probability(outputs, theirs), top == labels)
         columns.bins[name] = columns.bins[name] + bins if name in columns.bins else bins
     if classes > TOP:
-        counts = paired_counts(_among_top(ours, labels), _among_top(theirs, labels))
-        columns.top5 = counts if columns.top5 is None else added([columns.top5, counts])
+        among = [_among_top(side, labels) for side in seen.first]
+        columns.top5 = _plus(columns.top5, paired_counts(among[1], among[0]))
+        if len(among) > 2:
+            columns.champion_top5 = _plus(columns.champion_top5, paired_counts(among[1], among[2]))
+
+
+def _plus(total: PairedCounts | None, counts: PairedCounts) -> PairedCounts:
+    return counts if total is None else added([total, counts])
 
 
 def _among_top(outputs: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -227,7 +265,7 @@ def _among_top(outputs: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArr
 
 
 def _count_errors(columns: _Columns, seen: _Seen, centre: NDArray[np.float64] | None) -> None:
-    theirs, ours = seen.first
+    theirs = seen.first[0]
     if seen.truth is None or centre is None:
         raise DataError("a regression has no targets; allowed: an array `y` of floats; set `task: none` without one")
     if seen.truth.shape != theirs.shape:
@@ -236,16 +274,16 @@ def _count_errors(columns: _Columns, seen: _Seen, centre: NDArray[np.float64] | 
             "allowed: equal numbers; correct `y` in the data card"
         )
     targets = seen.truth.astype(np.float64)
-    off = [np.abs(side - targets) for side in (theirs, ours)]
-    _append(columns, ERROR, off[0].mean(axis=1), off[1].mean(axis=1))
-    _add(columns, "squares of baseline", np.sum(off[0] ** 2))
-    _add(columns, "squares of candidate", np.sum(off[1] ** 2))
+    off = [np.abs(side - targets) for side in seen.first]
+    _append(columns, ERROR, [side.mean(axis=1) for side in off])
+    for who, side in zip(MODELS, off, strict=False):
+        _add(columns, f"squares of {who}", np.sum(side**2))
     _add(columns, "spread", np.sum((targets - centre) ** 2))
     columns.classes = targets.shape[1]
 
 
 def _count_anomalies(columns: _Columns, seen: _Seen) -> None:
-    theirs, ours = seen.first
+    theirs = seen.first[0]
     if theirs.shape[1] != 1:
         raise DataError(
             f"the model's first output has {theirs.shape[1]} values per sample; allowed for anomalies: 1, larger for "
@@ -255,10 +293,10 @@ def _count_anomalies(columns: _Columns, seen: _Seen) -> None:
         raise DataError("anomaly scores have no labels; allowed: an array `y` of 0 and 1; set `task: none` without one")
     columns.label += seen.truth.astype(np.int64).tolist()
     columns.classes = 1
-    _append(columns, ANOMALY, theirs[:, 0], ours[:, 0])
+    _append(columns, ANOMALY, [side[:, 0] for side in seen.first])
 
 
-def _score(columns: _Columns, metric: UserMetric, answers: tuple[Tensors, Tensors], seen: _Seen) -> None:
+def _score(columns: _Columns, metric: UserMetric, answers: tuple[Tensors, ...], seen: _Seen) -> None:
     n = len(seen.index)
     given = []
     for outputs in answers:
@@ -269,7 +307,7 @@ def _score(columns: _Columns, metric: UserMetric, answers: tuple[Tensors, Tensor
                 "number per sample; correct the function"
             )
         given.append(scores.astype(np.float64))
-    _append(columns, metric.name, *given)
+    _append(columns, metric.name, given)
 
 
 def _outputs(outputs: Mapping[str, Array], who: str, n: int) -> Flat:
@@ -304,17 +342,22 @@ def _check_labels(labels: NDArray[np.int64], index: NDArray[np.int64], classes: 
 
 def result_of(tally: Tally) -> PairedResult:
     """Return metrics and columns of what was counted; equal tallies give equal results."""
-    metrics = {"output_sqnr_db": _worst_sqnr_db(tally.sums)}
-    paired = details = None
+    metrics = {"output_sqnr_db": _worst_sqnr_db(tally.sums, NOISE[0])}
+    if any(name.startswith(NOISE[1]) for name in tally.sums):
+        metrics["champion_output_sqnr_db"] = _worst_sqnr_db(tally.sums, NOISE[1])
     if tally.baseline:
-        metrics["agreement"] = float(np.mean(np.array(tally.baseline) == np.array(tally.candidate)))
+        metrics |= agreements(tally.baseline, tally.candidate, tally.champion or None)
+    paired = champion_paired = details = None
     if tally.task == "classification" and tally.label:
         label, theirs, ours = (np.array(c, np.int64) for c in (tally.label, tally.baseline, tally.candidate))
         paired, details = paired_counts(ours == label, theirs == label), _class_details(tally)
         metrics |= class_metrics(paired, details)
+        if tally.champion:
+            champion_paired = paired_counts(ours == label, np.array(tally.champion, np.int64) == label)
+            metrics |= champion_metrics(champion_paired, tally.champion_top5)
     for name, values in tally.values.items():
         if name in tally.user_metrics:
-            metrics |= {name: mean(values.candidate), f"baseline_{name}": mean(values.baseline)}
+            metrics |= means(name, values)
     if tally.task == "regression":
         metrics |= _error_metrics(tally)
     if tally.task == "anomaly":
@@ -327,9 +370,15 @@ def result_of(tally: Tally) -> PairedResult:
         baseline=tally.baseline or None,
         candidate=tally.candidate or None,
         values=tally.values,
+        champion=tally.champion or None,
     )
     return PairedResult(
-        samples=samples, paired=paired, details=details, metrics=metrics, user_metrics=tally.user_metrics
+        samples=samples,
+        paired=paired,
+        champion_paired=champion_paired,
+        details=details,
+        metrics=metrics,
+        user_metrics=tally.user_metrics,
     )
 
 
@@ -350,21 +399,22 @@ def _reliability(bins: tuple[tuple[int, int, int], ...]) -> tuple[ProbabilityBin
 
 
 def _error_metrics(tally: Tally) -> dict[str, float]:
-    values = tally.n * tally.classes
-    metrics: dict[str, float] = {}
-    for prefix, side in (("", "candidate"), ("baseline_", "baseline")):
-        squares, spread = rounded(tally.sums[f"squares of {side}"]), rounded(tally.sums["spread"])
-        metrics[f"{prefix}mae"] = mean(getattr(tally.values[ERROR], side))
+    values, spread = tally.n * tally.classes, rounded(tally.sums["spread"])
+    metrics = {k.replace(ERROR, "mae"): v for k, v in means(ERROR, tally.values[ERROR]).items()}
+    for prefix, side in (("", "candidate"), ("baseline_", "baseline"), ("champion_", "champion")):
+        if f"squares of {side}" not in tally.sums:
+            continue
+        squares = rounded(tally.sums[f"squares of {side}"])
         metrics[f"{prefix}rmse"] = math.sqrt(squares / values)
         if spread > 0:
             metrics[f"{prefix}r2"] = 1 - squares / spread
     return metrics
 
 
-def _worst_sqnr_db(sums: Mapping[str, int]) -> float:
+def _worst_sqnr_db(sums: Mapping[str, int], noise: str) -> float:
     """Return the SQNR of the worst output; equal outputs have no noise and get the ceiling of the report."""
     names = [name.removeprefix("power of ") for name in sums if name.startswith("power of ")]
-    return min(limited_db(rounded(sums[f"power of {n}"]), rounded(sums[f"noise of {n}"])) for n in names)
+    return min(limited_db(rounded(sums[f"power of {n}"]), rounded(sums[f"{noise}{n}"])) for n in names)
 
 
 def golden_samples(predict: Predict, fed: Tensors) -> bytes:

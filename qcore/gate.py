@@ -2,127 +2,41 @@
 
 Three outcomes. `pass`: the confidence bound is inside the limit. `fail`: the observed value itself is outside.
 `inconclusive`: the observed value is inside but the bound is not; the check says how many more samples would decide.
-Only pass releases. Pure and deterministic; anything missing is a refusal, never a pass.
+Only pass releases. Pure and deterministic; anything missing is a refusal or a failed check, never a pass.
+
+A report of another qcore version is judged. What a field of it means is fixed by its schema, whose number is raised
+when the meaning changes, and every value that a check looks at is counted again from the samples by the version that
+decides; refusing would ask for a new evaluation after every update and prove nothing more. The decision holds the
+version that measured.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import numpy as np
-from pydantic import Field, model_validator
+from numpy.typing import NDArray
 
-from qcore.config import Config
+from qcore.budgets import budget_checks
+from qcore.derived import paired_counts
 from qcore.errors import GateRefused
 from qcore.groups import Counts, Family, judge_groups
-from qcore.numerics.bounds import (
-    Estimate,
-    Floats,
-    mean_of,
-    paired_lower_bound,
-    rate_lower_bound,
-    roc_areas,
-    upper_bound,
-)
+from qcore.noninferiority import Question, answer, loss_check, rate_check, share_check, upper_check
+from qcore.numerics.bounds import Estimate, Floats, roc_areas, upper_bound
+from qcore.parity_report import ParityReport
+from qcore.policy import ErrorLimit, GatePolicy, MetricLimit, ParityLimit, champion_checks
 from qcore.recount import refuse_contradictions
-from qcore.report import Check, EvaluationReport, GateDecision, Outcome, PairedCounts, outcome_of
+from qcore.report import TIME_FORM, Check, EvaluationReport, GateDecision, Outcome, PairedCounts, Values, outcome_of
 from qcore.waiver import NOBODY
-from qcore.waiver_policy import WaiverPolicy
 
-MAX_SAMPLES = 10_000_000
-FEWEST_VALUES = 100
-"""Below it the bound of a mean is not conservative where differences are skewed."""
 FEWEST_OF_A_KIND = 20
 """Anomalies, and normal samples, below which the bound of an area is not conservative."""
+CHAMPION = "champion_"
+"""What stands in the name of a check that holds the candidate against the champion."""
+CLOCKS_APART = timedelta(minutes=5)
+"""How far a report may seem to come from the future: clocks of two machines."""
 
-
-class MetricLimit(Config):
-    """Limits of one metric, as fractions of 1: `min` for its own value, `max_drop` against the float baseline."""
-
-    min: float | None = Field(default=None, gt=0, le=1)
-    max_drop: float | None = Field(default=None, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _something(self) -> "MetricLimit":
-        if self.min is None and self.max_drop is None:
-            raise ValueError("a metric limit holds min, max_drop, or both")
-        return self
-
-
-class ErrorLimit(Config):
-    """Limits of the mean absolute error, in the unit of the targets: its own, and its increase against the baseline."""
-
-    max: float | None = Field(default=None, gt=0)
-    max_increase: float | None = Field(default=None, gt=0)
-
-    @model_validator(mode="after")
-    def _something(self) -> "ErrorLimit":
-        if self.max is None and self.max_increase is None:
-            raise ValueError("an error limit holds max, max_increase, or both")
-        return self
-
-
-class ValueLimit(Config):
-    """How much worse the mean of a metric of the user may be than the baseline's, in its own unit."""
-
-    max_loss: float = Field(gt=0)
-
-
-class GroupLimit(Config):
-    """How much top-1 each slice or class may lose, as a fraction of 1, shown for all of them together (Holm).
-
-    Groups of fewer than `min_support` samples are listed as not judged; with `require` that fails the check.
-    """
-
-    max_drop: float = Field(gt=0, lt=1)
-    min_support: int = Field(default=50, gt=0)
-    require: bool = False
-
-
-class Budgets(Config):
-    """Upper limits that have no sampling error: file size in bytes, and ratios candidate / baseline."""
-
-    size_bytes: int | None = Field(default=None, gt=0)
-    size_ratio: float | None = Field(default=None, gt=0)
-    latency_ratio: float | None = Field(default=None, gt=0)
-
-
-class GatePolicy(Config):
-    """What a release must satisfy.
-
-    `confidence` is one-sided and holds for every check by itself; `slices` and `classes` are one check each, over all
-    their groups. `top1`, `top5`, `slices` and `classes` need labels, `mae` a regression, `auc` (area under the ROC
-    curve) anomalies; `metrics` names metrics of the user. `agreement` (share of samples
-    on which candidate and baseline name the same class) has no drop, only a minimum. `output_sqnr_db` is the least
-    ratio of the outputs' power to the power of their error, in dB, over all samples and in every output; it has no
-    confidence bound. `waivers` says who may override which checks; without it nobody may.
-    """
-
-    name: str = "default"
-    confidence: float = Field(default=0.95, ge=0.8, lt=1)
-    top1: MetricLimit | None = None
-    top5: MetricLimit | None = None
-    agreement: MetricLimit | None = None
-    output_sqnr_db: float | None = Field(default=None, ge=-300, le=300)
-    mae: ErrorLimit | None = None
-    auc: MetricLimit | None = None
-    metrics: dict[str, ValueLimit] = Field(default_factory=dict)
-    slices: GroupLimit | None = None
-    classes: GroupLimit | None = None
-    budgets: Budgets = Budgets()
-    waivers: WaiverPolicy | None = None
-
-    @model_validator(mode="after")
-    def _asks_something(self) -> "GatePolicy":
-        fields = ("top1", "top5", "agreement", "output_sqnr_db", "mae", "auc", "slices", "classes")
-        if not self.metrics and all(getattr(self, name) is None for name in fields):
-            raise ValueError(
-                f"a policy limits at least one of {', '.join(fields)}, metrics; asking nothing would pass everything"
-            )
-        if self.agreement is not None and self.agreement.max_drop is not None:
-            raise ValueError("agreement has no max_drop; set min")
-        return self
+Flags = NDArray[np.bool_]
 
 
 def default_policy(report: EvaluationReport) -> GatePolicy:
@@ -144,13 +58,24 @@ def default_policy(report: EvaluationReport) -> GatePolicy:
     return GatePolicy(output_sqnr_db=20)
 
 
-def decide(report: EvaluationReport, policy: GatePolicy) -> GateDecision:
+def decide(
+    report: EvaluationReport, policy: GatePolicy, parity: ParityReport | None = None, now: datetime | None = None
+) -> GateDecision:
     """Return the decision on the candidate of `report`.
 
+    Args:
+        report: what was measured.
+        policy: what is asked.
+        parity: how the same file computes elsewhere; judged if the policy asks, and refused if it is of another file.
+        now: the time, aware; needed by a policy with `max_age_days`.
+
     Raises:
-        GateRefused: the policy limits something that was not measured, or the report contradicts itself.
+        GateRefused: the policy limits something that was not measured, the report contradicts itself, or `parity` is
+            not about its model and samples.
     """
     refuse_contradictions(report)
+    if parity is not None:
+        _refuse_other_parity(report, parity)
     checks = [
         *_accuracy_checks(report, policy),
         *_agreement_checks(report, policy),
@@ -159,7 +84,10 @@ def decide(report: EvaluationReport, policy: GatePolicy) -> GateDecision:
         *_area_checks(report, policy),
         *_user_checks(report, policy),
         *_group_checks(report, policy),
-        *_budget_checks(report, policy),
+        *_champion_check(report, policy),
+        *_parity_checks(parity, policy.parity),
+        *_age_check(report, policy.max_age_days, now),
+        *budget_checks(report, policy.budgets, policy.confidence),
     ]
     return GateDecision(
         outcome=outcome_of(checks),
@@ -174,65 +102,63 @@ def decide(report: EvaluationReport, policy: GatePolicy) -> GateDecision:
         qcore_version=report.qcore_version,
         metrics=dict(report.metrics),
         override=NOBODY if policy.waivers is None else policy.waivers.override,
+        champion_sha256=None if report.champion is None else report.champion.sha256,
+        parity_sha256=None if parity is None else parity.sha256,
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Question:
-    """Is the one-sided bound of an estimate at least `limit`?
-
-    `bound_at(n)` is the bound if the observed rates held for n samples; `counts` says what was seen, in words. Of
-    fewer than `fewest` samples the bound is not to be trusted, whatever it says.
-    """
-
-    name: str
-    observed: float
-    limit: float
-    bound_at: Callable[[float], float]
-    counts: str
-    fewest: int = 1
 
 
 def _accuracy_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
     checks = []
     five = report.details.top5 if report.details is not None else None
-    for name, limit, paired in (("top1", policy.top1, report.paired), ("top5", policy.top5, five)):
+    champion = (None, None) if report.champion is None else (report.champion.paired, report.champion.top5)
+    for name, limit, paired, released in (
+        ("top1", policy.top1, report.paired, champion[0]),
+        ("top5", policy.top5, five, champion[1]),
+    ):
         if limit is None:
             continue
         if paired is None:
             why = "the data has no labels" if report.paired is None else "the model tells five classes apart or fewer"
             raise GateRefused(f"the policy limits {name} but {why}; limit agreement or top1 instead")
-        checks += _share_checks(name, limit, paired, policy)
+        checks += _drop_checks(name, limit, paired, released, policy.confidence)
+        if limit.min is not None:
+            right = paired.both_right + paired.only_candidate_right
+            checks.append(rate_check(f"{name}_min", (right, paired.n), limit.min, policy.confidence))
     return checks
 
 
-def _share_checks(name: str, limit: MetricLimit, paired: PairedCounts, policy: GatePolicy) -> list[Check]:
-    checks, n = [], paired.n
-    if limit.max_drop is not None:
-        wins, losses = paired.only_candidate_right, paired.only_baseline_right
-        question = _Question(
-            name=f"{name}_drop",
-            observed=(wins - losses) / n,
-            limit=-limit.max_drop,
-            bound_at=lambda m: paired_lower_bound(wins / n * m, losses / n * m, m, policy.confidence),
-            counts=f"{losses} lost and {wins} won of {n} samples",
-        )
-        checks.append(_answer(question, n))
-    if limit.min is not None:
-        right = paired.both_right + paired.only_candidate_right
-        checks.append(_answer(_rate_question(f"{name}_min", right, limit.min, (n, policy)), n))
-    return checks
+def _drop_checks(
+    name: str, limit: MetricLimit, paired: PairedCounts | None, released: PairedCounts | None, confidence: float
+) -> list[Check]:
+    """Return what a share of right answers may lose against the baseline and against the champion."""
+    asked = ((f"{name}_drop", limit.max_drop, paired), (f"{name}_champion_drop", limit.max_drop_champion, released))
+    return [
+        share_check(check, (c.only_candidate_right, c.only_baseline_right, c.n), most, confidence)
+        for check, most, c in asked
+        if most is not None and c is not None
+    ]
 
 
 def _agreement_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
-    if policy.agreement is None or policy.agreement.min is None:
+    """Return the checks of agreement; against the champion, of who more often names the baseline's class."""
+    limit, s = policy.agreement, report.samples
+    if limit is None:
         return []
-    if "agreement" not in report.metrics:
+    if s.baseline is None or s.candidate is None:
         raise GateRefused(
             "the policy limits agreement but the outputs name no class (one value per sample); limit output_sqnr_db"
         )
-    agreed = round(report.metrics["agreement"] * report.n)
-    return [_answer(_rate_question("agreement_min", agreed, policy.agreement.min, (report.n, policy)), report.n)]
+    theirs = np.array(s.baseline)
+    agrees = np.array(s.candidate) == theirs
+    checks = []
+    if limit.min is not None:
+        checks.append(
+            rate_check("agreement_min", (int(np.count_nonzero(agrees)), report.n), limit.min, policy.confidence)
+        )
+    if limit.max_drop_champion is not None and s.champion is not None:
+        counts = paired_counts(agrees, np.array(s.champion) == theirs)
+        checks += _drop_checks("agreement", limit, None, counts, policy.confidence)
+    return checks
 
 
 def _output_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
@@ -242,27 +168,13 @@ def _output_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
     if "output_sqnr_db" not in report.metrics:
         raise GateRefused("the policy limits output_sqnr_db, which the report lacks; run `qcore evaluate` again")
     observed = report.metrics["output_sqnr_db"]
-    return [
-        Check(
-            name="output_sqnr_db",
-            outcome="pass" if observed >= limit else "fail",
-            observed=observed,
-            bound=observed,
-            limit=limit,
-            reason=f"dB of the worst output over {report.n} samples",
-        )
-    ]
+    return [_least("output_sqnr_db", observed, limit, f"dB of the worst output over {report.n} samples")]
 
 
-def _rate_question(name: str, hits: int, limit: float, of: tuple[int, GatePolicy]) -> _Question:
-    n, policy = of
-    return _Question(
-        name=name,
-        observed=hits / n,
-        limit=limit,
-        bound_at=lambda m: rate_lower_bound(hits / n * m, m, policy.confidence),
-        counts=f"{hits} of {n} samples",
-    )
+def _least(name: str, observed: float, limit: float, reason: str) -> Check:
+    """Return the check that a value without sampling error is at least `limit`."""
+    outcome: Outcome = "pass" if observed >= limit else "fail"
+    return Check(name=name, outcome=outcome, observed=observed, bound=observed, limit=limit, reason=reason)
 
 
 def _error_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
@@ -272,36 +184,27 @@ def _error_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
     if report.data.task != "regression":
         raise GateRefused(f"the policy limits mae but the task is {report.data.task}; limit what that task measures")
     errors = report.samples.values["absolute_error"]
-    theirs, ours = (np.array(column, np.float64) for column in (errors.baseline, errors.candidate))
-    checks = []
-    if limit.max_increase is not None:
-        checks.append(_upper("mae_increase", ours - theirs, limit.max_increase, policy.confidence))
+    ours = np.array(errors.candidate, np.float64)
+    most = {"": limit.max_increase, CHAMPION: limit.max_increase_champion}
+    checks = [
+        upper_check(f"mae_{rival}increase", ours - column, allowed, policy.confidence, same)
+        for rival, (column, same) in _rivals(report, errors).items()
+        if (allowed := most[rival]) is not None
+    ]
     if limit.max is not None:
-        checks.append(_upper("mae_max", ours, limit.max, policy.confidence))
+        checks.append(upper_check("mae_max", ours, limit.max, policy.confidence))
     return checks
 
 
-def _upper(name: str, column: Floats, limit: float, confidence: float) -> Check:
-    """Return the check that the mean of `column` is at most `limit`."""
-    lower = _lower("least", column, -limit, confidence)
-    return replace(lower, name=name, observed=0.0 - lower.observed, bound=0.0 - lower.bound, limit=limit)
+def _rivals(report: EvaluationReport, values: Values) -> dict[str, tuple[Floats, bool]]:
+    """Return the columns that the candidate is held against, and whether they are of the candidate's own file.
 
-
-def _lower(name: str, losses: Floats, limit: float, confidence: float) -> Check:
-    """Return the check that the mean of `losses`, seen as a change for the worse, is at most `-limit`."""
-    n = len(losses)
-    if n < 2:
-        raise GateRefused(f"{name} of {n} sample says nothing; allowed: at least {FEWEST_VALUES}; add samples")
-    estimate = mean_of(losses)
-    question = _Question(
-        name=name,
-        observed=0.0 - estimate.value,
-        limit=limit,
-        bound_at=lambda m: 0.0 - upper_bound(estimate, m / n, confidence),
-        counts=f"mean of {n} samples, {int(np.sum(losses > 0))} of them worse and {int(np.sum(losses < 0))} better",
-        fewest=FEWEST_VALUES,
-    )
-    return _answer(question, n)
+    The keys stand in the names of checks: "" for the baseline, `CHAMPION` for the champion where there is one.
+    """
+    rivals = {"": (np.array(values.baseline, np.float64), report.baseline.sha256 == report.model.sha256)}
+    if report.champion is not None and values.champion is not None:
+        rivals[CHAMPION] = (np.array(values.champion, np.float64), report.champion.sha256 == report.model.sha256)
+    return rivals
 
 
 def _area_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
@@ -316,15 +219,17 @@ def _area_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
     scarcer = min(odd, report.n - odd)
     if scarcer < 2:
         raise GateRefused(f"auc rests on {scarcer} sample; allowed: {FEWEST_OF_A_KIND} of 0 and of 1; add samples")
-    areas = roc_areas(positive, *(np.array(c, np.float64) for c in (scores.baseline, scores.candidate)))
-    asked = []
-    if limit.max_drop is not None:
-        asked.append(("auc_drop", areas.drop, areas.candidate - areas.baseline, -limit.max_drop, 0.0))
-    if limit.min is not None:
-        asked.append(("auc_min", areas.missing, areas.candidate, limit.min, 1.0))
+    ours, most = np.array(scores.candidate, np.float64), {"": limit.max_drop, CHAMPION: limit.max_drop_champion}
+    asked: list[tuple[str, Estimate, float, float, float]] = []
+    for rival, (column, _) in _rivals(report, scores).items():
+        areas = roc_areas(positive, column, ours)
+        if (allowed := most[rival]) is not None:
+            asked.append((f"auc_{rival}drop", areas.drop, areas.candidate - areas.baseline, -allowed, 0.0))
+        if limit.min is not None and not rival:
+            asked.append(("auc_min", areas.missing, areas.candidate, limit.min, 1.0))
     checks = []
     for name, estimate, observed, least, whole in asked:
-        question = _Question(
+        question = Question(
             name=name,
             observed=observed,
             limit=least,
@@ -332,7 +237,7 @@ def _area_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
             counts=f"{odd} anomalies among {report.n} samples",
             fewest=math.ceil(FEWEST_OF_A_KIND * report.n / scarcer),
         )
-        checks.append(_answer(question, report.n))
+        checks.append(answer(question, report.n))
     return checks
 
 
@@ -342,6 +247,7 @@ def _area_bound(estimate: Estimate, whole: float, of: tuple[int, float], m: floa
 
 
 def _user_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
+    """Return the checks of the user's metrics; one that gives 0 and 1 alone is a share, and judged as top-1 is."""
     checks = []
     for name, limit in policy.metrics.items():
         direction = report.user_metrics.get(name)
@@ -349,10 +255,22 @@ def _user_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
             known = ", ".join(report.user_metrics) or "none"
             raise GateRefused(f"the policy limits metric {name!r}, which was not measured; known: {known}; add it")
         values = report.samples.values[name]
-        worse = np.array(values.baseline, np.float64) - np.array(values.candidate, np.float64)
-        worse = worse if direction == "higher" else -worse
-        checks.append(_lower(f"{name}_change", worse, -limit.max_loss, policy.confidence))
+        ours, most = np.array(values.candidate, np.float64), {"": limit.max_loss, CHAMPION: limit.max_loss_champion}
+        for rival, (column, same) in _rivals(report, values).items():
+            if (allowed := most[rival]) is None:
+                continue
+            worse = column - ours if direction == "higher" else ours - column
+            check = f"{name}_{rival}change"
+            if _are_shares(ours, column) and allowed < 1:
+                counts = (int(np.sum(worse < 0)), int(np.sum(worse > 0)), report.n)
+                checks.append(share_check(check, counts, allowed, policy.confidence))
+            else:
+                checks.append(loss_check(check, worse, -allowed, policy.confidence, same))
     return checks
+
+
+def _are_shares(*columns: Floats) -> bool:
+    return all(bool(np.isin(column, (0.0, 1.0)).all()) for column in columns)
 
 
 def _group_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
@@ -361,96 +279,115 @@ def _group_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
     s = report.samples
     if report.paired is None or s.label is None:
         raise GateRefused("the policy limits slices or classes of top-1 but the data has no classes; leave them out")
-    label, theirs, ours = (np.array(c, np.int64) for c in (s.label, s.baseline, s.candidate))
-    won, lost = (ours == label) & (theirs != label), (ours != label) & (theirs == label)
+    if policy.slices is not None and not report.slices:
+        raise GateRefused("the policy limits slices but the data card has none; add `slices` and evaluate again")
+    label, ours = np.array(s.label, np.int64), np.array(s.candidate, np.int64) == np.array(s.label, np.int64)
     checks = []
-    if policy.slices is not None:
-        if not report.slices:
-            raise GateRefused("the policy limits slices but the data card has none; add `slices` and evaluate again")
-        chosen = {name: np.array(places, np.int64) for name, places in report.slices.items()}
-        counted = {
-            name: Counts(n=len(k), wins=int(won[k].sum()), losses=int(lost[k].sum())) for name, k in chosen.items()
-        }
-        checks.append(judge_groups(_family("slices_drop", policy.slices, report.n, policy.confidence), counted))
-    if policy.classes is not None:
-        columns = [np.bincount(label, weights=w).astype(np.int64).tolist() for w in (None, won, lost)]
-        rows = enumerate(zip(*columns, strict=True))
-        by_class = {f"class {k}": Counts(n=n, wins=w, losses=b) for k, (n, w, b) in rows if n}
-        checks.append(judge_groups(_family("classes_drop", policy.classes, report.n, policy.confidence), by_class))
+    for rival, column in (("", s.baseline), (CHAMPION, s.champion)):
+        if column is None:
+            continue
+        theirs = np.array(column, np.int64) == label
+        won, lost = ours & ~theirs, theirs & ~ours
+        for name, limit in (("slices", policy.slices), ("classes", policy.classes)):
+            if limit is None or (most := limit.max_drop_champion if rival else limit.max_drop) is None:
+                continue
+            counted = _counts_of_slices(report, won, lost) if name == "slices" else _counts_of_classes(label, won, lost)
+            family = Family(
+                name=f"{name}_{rival}drop",
+                max_drop=most,
+                min_support=limit.min_support,
+                require=limit.require,
+                confidence=policy.confidence,
+                total=report.n,
+            )
+            checks.append(judge_groups(family, counted))
     return checks
 
 
-def _family(name: str, limit: GroupLimit, total: int, confidence: float) -> Family:
-    return Family(
-        name=name,
-        max_drop=limit.max_drop,
-        min_support=limit.min_support,
-        require=limit.require,
-        confidence=confidence,
-        total=total,
+def _counts_of_slices(report: EvaluationReport, won: Flags, lost: Flags) -> dict[str, Counts]:
+    chosen = {name: np.array(places, np.int64) for name, places in report.slices.items()}
+    return {name: Counts(n=len(k), wins=int(won[k].sum()), losses=int(lost[k].sum())) for name, k in chosen.items()}
+
+
+def _counts_of_classes(label: NDArray[np.int64], won: Flags, lost: Flags) -> dict[str, Counts]:
+    columns = [np.bincount(label, weights=w).astype(np.int64).tolist() for w in (None, won, lost)]
+    rows = enumerate(zip(*columns, strict=True))
+    return {f"class {k}": Counts(n=n, wins=w, losses=b) for k, (n, w, b) in rows if n}
+
+
+def _champion_check(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
+    """Return the check that there is a champion where the policy limits something against it and there is none.
+
+    Observed is how many champions were measured. A first release, which the policy has to state, passes without one;
+    the decision names what was not asked for that reason.
+    """
+    asked = champion_checks(policy)
+    if not asked or report.champion is not None:
+        return []
+    if policy.first_release:
+        said = f"first release, as the policy states: no champion to compare with; not judged: {', '.join(asked)}"
+        return [_least("champion", 0.0, 0.0, said)]
+    said = (
+        f"the policy asks {', '.join(asked)} and the report has no champion; evaluate with --champion RELEASED, or "
+        "state `first_release: true` in the policy if nothing was released before"
     )
+    return [_least("champion", 0.0, 1.0, said)]
 
 
-def _answer(question: _Question, n: int) -> Check:
-    bound = question.bound_at(n)
-    few = n < question.fewest
-    outcome: Outcome
-    needs, reason = None, question.counts
-    if question.observed < question.limit:
-        outcome, reason = "fail", f"{question.counts}: the observed value is outside the limit"
-        bound = min(bound, question.observed)
-    elif bound >= question.limit and not few:
-        outcome = "pass"
-    else:
-        outcome, reason = "inconclusive", f"{question.counts}: inside the limit, but too few samples to be sure"
-        total = _samples_needed(question.bound_at, question.limit, max(n, question.fewest))
-        needs = None if total is None else total - n
-        bound = min(bound, math.nextafter(question.limit, -math.inf)) if few else bound
-    return Check(
-        name=question.name,
-        outcome=outcome,
-        observed=question.observed,
-        bound=bound,
-        limit=question.limit,
-        reason=reason,
-        needs_samples=needs,
-    )
-
-
-def _samples_needed(bound_at: Callable[[float], float], limit: float, n: int) -> int | None:
-    """Return the smallest total at which the bound reaches the limit, None beyond ten million."""
-    enough = n
-    while bound_at(enough) < limit:
-        enough *= 2
-        if enough > MAX_SAMPLES:
-            return None
-    short = enough // 2
-    while enough - short > 1:
-        middle = (short + enough) // 2
-        short, enough = (short, middle) if bound_at(middle) >= limit else (middle, enough)
-    return enough
-
-
-def _budget_checks(report: EvaluationReport, policy: GatePolicy) -> list[Check]:
-    model, baseline, budgets = report.model, report.baseline, policy.budgets
-    observed = {
-        "size_bytes": (float(model.size_bytes), budgets.size_bytes, "bytes of the model file"),
-        "size_ratio": (model.size_bytes / baseline.size_bytes, budgets.size_ratio, "of the baseline's file size"),
-        "latency_ratio": (
-            model.latency_ms.p50 / baseline.latency_ms.p50,
-            budgets.latency_ratio,
-            f"of the baseline's median latency over {model.latency_ms.runs} interleaved runs",
-        ),
+def _refuse_other_parity(report: EvaluationReport, parity: ParityReport) -> None:
+    measured, data = parity.measured, report.data
+    pairs = {
+        "model": (measured.model_sha256, report.model.sha256),
+        "data": (measured.split_sha256, data.sha256),
+        "data card and split": (f"{measured.data}/{measured.split}", f"{data.name}/{data.split}"),
     }
-    return [
-        Check(
-            name=name,
-            outcome="pass" if value <= limit else "fail",
-            observed=value,
-            bound=value,
-            limit=float(limit),
-            reason=what,
+    for what, (found, expected) in pairs.items():
+        if found != expected:
+            raise GateRefused(
+                f"the parity report is about {what} {found[:60]}, the evaluation report about {expected[:60]}; "
+                "allowed: the same; run `qcore parity` on the model and split that were evaluated"
+            )
+
+
+def _parity_checks(parity: ParityReport | None, limit: ParityLimit | None) -> list[Check]:
+    if limit is None:
+        return []
+    if parity is None:
+        return [_least("parity", 0.0, 1.0, "the policy asks for parity and none was given; run `qcore parity`")]
+    judged = [c for c in parity.conditions if c.name in limit.conditions]
+    there = f"conditions that the policy names: {', '.join(limit.conditions)}"
+    if missing := [name for name in limit.conditions if name not in {c.name for c in judged}]:
+        there = f"the parity report lacks {', '.join(missing)}; run `qcore parity` again"
+    checks = [_least("parity_conditions", float(len(judged)), float(len(limit.conditions)), there)]
+    said = f"worst of {len(judged)} conditions over {parity.measured.n} samples"
+    if limit.agreement is not None:
+        shares = [(c.agreement, c.name) for c in judged if c.agreement is not None]
+        if len(shares) != len(judged):
+            raise GateRefused("the policy limits parity.agreement but the outputs name no class; limit parity.sqnr_db")
+        if shares:
+            worst = min(shares)
+            checks.append(_least("parity_agreement", worst[0], limit.agreement, f"{worst[1]}, the {said}"))
+    if limit.sqnr_db is not None and judged:
+        noise = min((c.sqnr_db, c.name) for c in judged)
+        checks.append(_least("parity_sqnr_db", float(noise[0]), limit.sqnr_db, f"dB under {noise[1]}, the {said}"))
+    return checks
+
+
+def _age_check(report: EvaluationReport, limit: float | None, now: datetime | None) -> list[Check]:
+    """Return the check that what was measured is not older than `limit` days."""
+    if limit is None:
+        return []
+    if now is None:
+        raise GateRefused("the policy limits the age of the report and the time is not known; run `qcore gate`")
+    # Whole seconds, so that whoever knows the age can decide again.
+    age = now.replace(microsecond=0) - datetime.strptime(report.measured_at, TIME_FORM).replace(tzinfo=UTC)
+    if age < -CLOCKS_APART:
+        raise GateRefused(
+            f"the report was measured at {report.measured_at}, which is not yet; allowed: the past; correct the clock "
+            "of either machine and run `qcore evaluate` again"
         )
-        for name, (value, limit, what) in observed.items()
-        if limit is not None
-    ]
+    days = max(age / timedelta(days=1), 0.0)
+    outcome: Outcome = "pass" if days <= limit else "fail"
+    reason = f"days since {report.measured_at}"
+    reason = reason if outcome == "pass" else f"{reason}: too old; run `qcore evaluate` again"
+    return [Check(name="age_days", outcome=outcome, observed=days, bound=days, limit=limit, reason=reason)]

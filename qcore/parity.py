@@ -1,30 +1,22 @@
 """Parity: does one model file compute the same elsewhere as where it was evaluated?
 
 The same integers are added by other kernels on the target. Each condition here is one way in which they do, run on the
-same samples and held against what `qcore evaluate` measures. Nothing here knows files.
+same samples and held against what `qcore evaluate` measures. Nothing here knows files; the report that comes of it is
+in `parity_report.py`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qcore.canonical import Digest, Json
 from qcore.evaluation import Tensors, evaluate
-from qcore.numerics.error import SQNR_LIMIT
+from qcore.parity_report import ConditionName, ConditionResult, verdict_of
 from qcore.runtime import ort
 from qcore.runtime.reference import load_reference
 
-PARITY_SCHEMA = "qcore.parity/1"
-AGREEMENT = 0.95
-SQNR_DB = 20.0
-"""Below this share of equal predictions, or with noise of more than 1 % of the outputs' power, a condition is far.
-Roundings that fall on the other side alone left 0.96 and 24 dB or more (64 images, docs/benchmarks.md)."""
-
-Verdict = Literal["equal", "near", "far"]
 Samples = Iterable[tuple[NDArray[np.int64], Tensors, NDArray[np.int64] | None]]
 
 
@@ -32,7 +24,7 @@ Samples = Iterable[tuple[NDArray[np.int64], Tensors, NDArray[np.int64] | None]]
 class Condition:
     """One way to run a model: what it stands for, and what to do where outputs are far from those evaluated."""
 
-    name: str
+    name: ConditionName
     load: Callable[..., ort.Loaded]
     meaning: str
     remedy: str
@@ -95,79 +87,12 @@ CONDITIONS: tuple[Condition, ...] = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConditionResult:
-    """How far a model is under one condition from what was evaluated.
-
-    `agreement` is None where outputs name no class, `top1` without labels; `sqnr_db` is that of the worst output.
-    """
-
-    name: str
-    verdict: Verdict
-    agreement: float | None
-    top1: float | None
-    sqnr_db: float
-    meaning: str
-    advice: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParityOf:
-    """What was measured: the model file, its target profile if it names one, the samples, and what ran it."""
-
-    model: str
-    model_sha256: Digest
-    target: str | None
-    data: str
-    split: str
-    data_sha256: Digest
-    n: int
-    runtime: Mapping[str, str]
-    qcore_version: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParityReport:
-    """All conditions in the order of `CONDITIONS`; `top1` is the accuracy as evaluated, None without labels."""
-
-    measured: ParityOf
-    top1: float | None
-    conditions: tuple[ConditionResult, ...]
-
-    @property
-    def worst(self) -> ConditionResult | None:
-        """The condition farthest from what was evaluated: least agreement, then least SQNR; None if all are equal."""
-        apart = [c for c in self.conditions if c.verdict != "equal"]
-        return min(apart, key=lambda c: (1.0 if c.agreement is None else c.agreement, c.sqnr_db), default=None)
-
-    def advice(self) -> str:
-        """Return what to make of the worst case, in a sentence or two."""
-        worst = self.worst
-        if worst is None:
-            return "Every condition gives the same numbers to the bit."
-        how = "near what" if worst.verdict == "near" else "far from what"
-        return f"Worst case: {worst.name}, {how} was evaluated; {worst.advice}."
-
-    def to_json(self) -> Json:
-        """Return the JSON form (`qcore.parity/1`)."""
-        m, worst = self.measured, self.worst
-        return {
-            "schema": PARITY_SCHEMA,
-            "model": {"name": m.model, "sha256": m.model_sha256},
-            "data": {"name": m.data, "split": m.split, "sha256": m.data_sha256, "n": m.n},
-            "target": m.target,
-            "runtime": dict(m.runtime),
-            "qcore_version": m.qcore_version,
-            "as_evaluated": {"top1": self.top1},
-            "conditions": [asdict(c) for c in self.conditions],
-            "worst": None if worst is None else worst.name,
-            "limits": {"agreement": AGREEMENT, "sqnr_db": SQNR_DB},
-            "advice": self.advice(),
-        }
-
-
 def measure_parity(
-    model: bytes, name: str, samples: Callable[[str], Samples], conditions: Sequence[Condition] = CONDITIONS
+    model: bytes,
+    name: str,
+    samples: Callable[[str], Samples],
+    conditions: Sequence[Condition] = CONDITIONS,
+    named: bool = True,
 ) -> tuple[float | None, tuple[ConditionResult, ...]]:
     """Return the accuracy of `model` as evaluated, and its distance from that under each condition.
 
@@ -177,6 +102,8 @@ def measure_parity(
         samples: called with the name of each condition; gives the batches of `qcore.evaluation.evaluate`, the same
             every time. They are read anew, so that memory does not grow with their number.
         conditions: which.
+        named: whether outputs of two values or more name a class, so that agreement means something; those of a
+            regression do not.
 
     Raises:
         ModelError, DataError: as `evaluate`.
@@ -187,17 +114,13 @@ def measure_parity(
         predict = ort.on_samples(condition.load(model, name=f"{name} ({condition.name})"))
         metrics = evaluate(predict, default, samples(condition.name)).metrics
         top1 = metrics.get("baseline_top1")
-        results.append(_result(condition, metrics))
+        results.append(_result(condition, metrics, named))
     return top1, tuple(results)
 
 
-def _result(condition: Condition, metrics: Mapping[str, float]) -> ConditionResult:
-    agreement, sqnr_db = metrics.get("agreement"), metrics["output_sqnr_db"]
-    verdict: Verdict = "near"
-    if sqnr_db >= SQNR_LIMIT:
-        verdict = "equal"
-    elif sqnr_db < SQNR_DB or (agreement is not None and agreement < AGREEMENT):
-        verdict = "far"
+def _result(condition: Condition, metrics: Mapping[str, float], named: bool) -> ConditionResult:
+    agreement, sqnr_db = metrics.get("agreement") if named else None, metrics["output_sqnr_db"]
+    verdict = verdict_of(agreement, sqnr_db)
     return ConditionResult(
         name=condition.name,
         verdict=verdict,

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from qcore.canonical import Digest, Json, sha256_json
 from qcore.errors import GateRefused
+from qcore.measured import Download, MeasuredModel, Ratio, Rounds, check_digest
 from qcore.waiver import (
     NOBODY,
     Binding,
@@ -28,44 +29,29 @@ from qcore.waiver import (
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 
-REPORT_SCHEMA = "qcore.evaluation/2"
+REPORT_SCHEMA = "qcore.evaluation/3"
 DECISION_SCHEMA = "qcore.decision/3"
 Task = Literal["classification", "regression", "anomaly", "none"]
 Direction = Literal["higher", "lower"]
 
-BUDGETS = ("size_bytes", "size_ratio", "latency_ratio")
+BUDGETS = (
+    "size_bytes",
+    "size_ratio",
+    "package_bytes",
+    "package_ratio",
+    "download_bytes",
+    "latency_ms",
+    "latency_ratio",
+    "latency_all_cores_ratio",
+    "cold_start_ms",
+    "memory_bytes",
+    "memory_ratio",
+)
 """Checks that more samples or better weights do not help."""
-UPPER_LIMITS = (*BUDGETS, "mae_increase", "mae_max")
+NOT_WAIVABLE = ("champion", "parity", "parity_conditions", "age_days")
+"""Checks about what was not measured, or not lately: nobody can vouch for what is not there."""
+UPPER_LIMITS = (*BUDGETS, "mae_increase", "mae_champion_increase", "mae_max", "age_days")
 """Checks whose limit is an upper one."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Latency:
-    """Wall time of one inference at batch 1 on one thread, in milliseconds; `runs` is the number of timed calls."""
-
-    p50: float
-    p95: float
-    runs: int
-
-    def __post_init__(self) -> None:
-        """Refuse what no measurement gives."""
-        if not all(isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in (self.p50, self.p95, self.runs)):
-            raise GateRefused(f"latency {self.p50}, {self.p95} over {self.runs} runs; allowed: finite and above 0")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MeasuredModel:
-    """One model file as it was measured: SHA-256 and size of its bytes, and its latency."""
-
-    sha256: Digest
-    size_bytes: int
-    latency_ms: Latency
-
-    def __post_init__(self) -> None:
-        """Refuse what is no file."""
-        if type(self.size_bytes) is not int or self.size_bytes <= 0:
-            raise GateRefused(f"size_bytes is {self.size_bytes!r}; allowed: a whole number above 0")
-        _check_digest(self.sha256)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,12 +74,12 @@ class MeasuredData:
         texts, counts = (self.name, self.split, *self.slices), self.slices.values()
         if not all(isinstance(v, str) for v in texts) or not all(type(n) is int for n in counts):
             raise GateRefused(f"data are called {texts!r} with slices {self.slices!r}; allowed: text and whole numbers")
-        _check_digest(self.sha256)
+        check_digest(self.sha256)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedCounts:
-    """Samples by who was right; the four add up to n."""
+    """Samples by who was right; the four add up to n. `baseline` is the champion where one is compared with."""
 
     both_right: int
     only_candidate_right: int
@@ -114,18 +100,20 @@ class PairedCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Values:
-    """One number per sample of either model."""
+    """One number per sample of each model; `champion` is None where there was none."""
 
     baseline: tuple[float, ...]
     candidate: tuple[float, ...]
+    champion: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
     """Per-sample results, columns of length n.
 
-    `label` holds class numbers, or 0 and 1 for anomalies; None for other tasks. `baseline` and `candidate` are arg-max
-    class numbers (the first of equals), None where outputs name no class. `values` holds `absolute_error` of a
+    `label` holds class numbers, or 0 and 1 for anomalies; None for other tasks. `baseline`, `candidate` and `champion`
+    are arg-max class numbers (the first of equals), None where outputs name no class, or there was no champion.
+    `values` holds `absolute_error` of a
     regression (the mean over its outputs), `score` of anomalies, and what the metrics of users gave, by their names.
     """
 
@@ -134,6 +122,7 @@ class Samples:
     baseline: tuple[int, ...] | None
     candidate: tuple[int, ...] | None
     values: Mapping[str, Values] = field(default_factory=dict)
+    champion: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,8 +166,31 @@ class ClassDetails:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Champion:
+    """The released model that the candidate would replace: SHA-256 and size of its file, and what it got right.
+
+    `paired` and `top5` count candidate against champion; None where those of the baseline are.
+    """
+
+    sha256: Digest
+    size_bytes: int
+    paired: PairedCounts | None
+    top5: PairedCounts | None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no file."""
+        if type(self.size_bytes) is not int or self.size_bytes <= 0:
+            raise GateRefused(f"size_bytes of the champion is {self.size_bytes!r}; allowed: a whole number above 0")
+        check_digest(self.sha256)
+
+
+TIME_FORM = "%Y-%m-%dT%H:%M:%SZ"
+"""How a report says when it was measured: UTC, to the second."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationReport:
-    """Candidate and baseline on exactly the same samples.
+    """Candidate and baseline on exactly the same samples, and a released champion where there is one.
 
     `metrics` always holds `output_sqnr_db` (of the worst output). Beside it, `X` of the candidate and `baseline_X`:
 
@@ -189,7 +201,14 @@ class EvaluationReport:
     * `agreement` (share of samples with equal arg-max) for classification and unlabelled outputs of two values or more.
     * the mean of each metric of `user_metrics`, which says whether higher or lower values are better.
 
-    Shares are fractions of 1. `slices` holds places in the columns of `samples`.
+    With a champion there is `champion_X` beside each of them but `ece`; its `champion_agreement` and
+    `champion_output_sqnr_db` are those with the baseline, as the candidate's are.
+
+    Shares are fractions of 1. `slices` holds places in the columns of `samples`. `measured_at` is when the evaluation
+    began (`TIME_FORM`); beside costs it is all that two runs over the same files do not share.
+
+    `rounds` holds the times that latencies and `ratios` follow from, by the names of `TIMED`; `machine` says what they
+    were measured on. `download` is None where there was no champion.
     """
 
     model: MeasuredModel
@@ -201,16 +220,25 @@ class EvaluationReport:
     samples: Samples
     runtime: Mapping[str, str]
     qcore_version: str
+    measured_at: str
+    champion: Champion | None = None
     details: ClassDetails | None = None
     slices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     user_metrics: Mapping[str, Direction] = field(default_factory=dict)
+    rounds: Mapping[str, Rounds] = field(default_factory=dict)
+    ratios: Mapping[str, Ratio] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
+    download: Download | None = None
 
     def to_json(self) -> Json:
-        """Return the JSON form (`qcore.evaluation/2`); `latency_ms` repeats the candidate's for short paths."""
+        """Return the JSON form (`qcore.evaluation/3`); `latency_ms` repeats the candidate's for short paths."""
         value = _shallow(self)
         value |= {name: asdict(value[name]) for name in ("model", "baseline", "data")}
         value["paired"] = None if self.paired is None else asdict(self.paired)
+        value["champion"] = None if self.champion is None else asdict(self.champion)
         value["details"] = None if self.details is None else _details_json(self.details)
+        value |= {name: {k: asdict(v) for k, v in value[name].items()} for name in ("rounds", "ratios")}
+        value["download"] = None if self.download is None else asdict(self.download)
         value["samples"] = _shallow(self.samples) | {"values": {k: _shallow(v) for k, v in self.samples.values.items()}}
         return {"schema": REPORT_SCHEMA, **value, "latency_ms": value["model"]["latency_ms"]}
 
@@ -238,7 +266,8 @@ class Check:
 
     `observed` is the point value, `bound` the one-sided confidence bound that is held against `limit` (equal to
     `observed` where the value has no sampling error), `needs_samples` the further samples that would decide an
-    inconclusive check at the observed rates. Limits of `UPPER_LIMITS` are upper ones, all others lower ones.
+    inconclusive check at the observed rates, `needs_runs` the further rounds of timing. Limits of `UPPER_LIMITS` are
+    upper ones, all others lower ones.
 
     `groups` are the slices or classes that the check is about; numbers are then those of the worst one.
 
@@ -254,6 +283,7 @@ class Check:
     reason: str
     needs_samples: int | None = None
     groups: tuple[Group, ...] = ()
+    needs_runs: int | None = None
 
     def __post_init__(self) -> None:
         """Hold the invariant, also for a check that was read from a file."""
@@ -285,8 +315,8 @@ class GatedPackage:
 
     def __post_init__(self) -> None:
         """Refuse what names no package."""
-        _check_digest(self.sha256)
-        _check_digest(self.manifest_sha256)
+        check_digest(self.sha256)
+        check_digest(self.manifest_sha256)
         if not all(isinstance(v, str) and v for v in (self.family, self.version)):
             raise GateRefused(f"package is called {self.family!r} {self.version!r}; allowed: text; package again")
 
@@ -295,9 +325,10 @@ class GatedPackage:
 class GateDecision:
     """The outcome for one model, bound by digest to everything it was derived from.
 
-    `package` is what may be published on it, None for a local decision. `decided` is when (2026-11-27T12:00:00Z); None
-    where nobody said, and then the evidence has no age and is not published. `override` says who may waive checks of
-    the policy, `waivers` who did; a waived check keeps its own outcome.
+    `package` is what may be published on it, None for a local decision; `champion_sha256` is None where nothing
+    released was compared with, `parity_sha256` where no parity was given. `decided` is when (2026-11-27T12:00:00Z);
+    None where nobody said, and then the evidence has no age and is not published. `override` says who may waive checks
+    of the policy, `waivers` who did; a waived check keeps its own outcome.
 
     Invariant: `outcome` is `pass` only if there is at least one check and all checks pass or are waived; `fail` and
     `inconclusive` only if a check that is not waived says so. Every waiver is about exactly this decision, within what
@@ -316,6 +347,8 @@ class GateDecision:
     report_sha256: Digest
     qcore_version: str
     metrics: Mapping[str, float] = field(default_factory=dict)
+    champion_sha256: Digest | None = None
+    parity_sha256: Digest | None = None
     override: Override = NOBODY
     package: GatedPackage | None = None
     waivers: tuple[SignedWaiver, ...] = ()
@@ -350,6 +383,7 @@ class GateDecision:
             data=self.data_sha256,
             policy=self.policy_sha256,
             report=self.report_sha256,
+            parity=self.parity_sha256,
             package=None if self.package is None else self.package.sha256,
         )
 
@@ -357,6 +391,11 @@ class GateDecision:
     def waived(self) -> Mapping[str, Waiver]:
         """The waivers by the names of the checks that did not pass and yet do not stop the release."""
         return MappingProxyType({c.name: s.waiver for s in self.waivers for c in s.waiver.checks})
+
+    def who_may_override(self) -> str:
+        """Return who overrode this decision and who may, in sentences for people; never empty."""
+        done = [f"{signed.waiver.sentence()}." for signed in self.waivers]
+        return " ".join([*done, self.override.sentence()])
 
     def to_json(self) -> Json:
         """Return the JSON form (`qcore.decision/3`)."""
@@ -379,6 +418,8 @@ def waived_check(check: Check) -> WaivedCheck:
     """
     if check.outcome == "pass":
         raise GateRefused(f"check {check.name} passes and needs no waiver; leave it out")
+    if check.name in NOT_WAIVABLE:
+        raise GateRefused(f"check {check.name} says that something is missing or too old ({check.reason}); no waiver")
     if check.groups and all(g.outcome == "not judged" for g in check.groups):
         raise GateRefused(
             f"check {check.name} judged nothing ({check.reason}); data that are missing cannot be waived; add samples"
@@ -441,11 +482,6 @@ def decision_from_json(value: Json) -> GateDecision:
     if decision.outcome not in get_args(Outcome):
         raise GateRefused(f"gate decision: outcome {decision.outcome!r}; allowed: {', '.join(get_args(Outcome))}")
     return decision
-
-
-def _check_digest(value: object) -> None:
-    if not (isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")):
-        raise GateRefused(f"digest {str(value)[:70]!r} is not a SHA-256 of 64 lower-case hex digits")
 
 
 def _fields(value: Json, schema: str) -> dict[str, Any]:

@@ -6,20 +6,22 @@ Strict, because the gate decides on what it reads: a field that is missing, dama
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from datetime import datetime
 from typing import Any, TypeVar, get_args
 
 from qcore.canonical import Json
 from qcore.errors import GateRefused
+from qcore.measured import Download, Latency, MeasuredModel, Ratio, Rounds
 from qcore.report import (
     REPORT_SCHEMA,
+    TIME_FORM,
     ByModel,
+    Champion,
     ClassCount,
     ClassDetails,
     Direction,
     EvaluationReport,
-    Latency,
     MeasuredData,
-    MeasuredModel,
     PairedCounts,
     ProbabilityBin,
     Samples,
@@ -51,9 +53,15 @@ def report_from_json(value: Json) -> EvaluationReport:
         samples=_samples(v["samples"]),
         runtime=_mapping(v["runtime"], "runtime", _text),
         qcore_version=_text(v["qcore_version"], "qcore_version"),
+        measured_at=_time(v["measured_at"], "measured_at"),
+        champion=None if v["champion"] is None else _champion(v["champion"]),
         details=None if v["details"] is None else _details(v["details"]),
         slices=_mapping(v["slices"], "slices", _integers),
         user_metrics=_mapping(v["user_metrics"], "user_metrics", _direction),
+        rounds=_mapping(v["rounds"], "rounds", _rounds),
+        ratios=_mapping(v["ratios"], "ratios", _ratio),
+        machine=_mapping(v["machine"], "machine", _text),
+        download=None if v["download"] is None else Download(**_of(Download, v["download"], "download")),
     )
     if _latency(v["latency_ms"], "latency_ms") != report.model.latency_ms:
         raise _wrong("latency_ms", v["latency_ms"], "that of the model")
@@ -139,13 +147,45 @@ def _latency(value: Json, where: str) -> Latency:
 
 def _measured(value: Json, where: str) -> MeasuredModel:
     v = _of(MeasuredModel, value, where)
-    latency = _latency(v["latency_ms"], f"{where}.latency_ms")
-    return MeasuredModel(sha256=v["sha256"], size_bytes=v["size_bytes"], latency_ms=latency)
+    further = ("latency_all_cores_ms", "cold_start_ms")
+    timed = {k: None if v[k] is None else _latency(v[k], f"{where}.{k}") for k in further}
+    return MeasuredModel(**{**v, **timed, "latency_ms": _latency(v["latency_ms"], f"{where}.latency_ms")})
+
+
+def _rounds(value: Json, where: str) -> Rounds:
+    v = _of(Rounds, value, where)
+    return Rounds(baseline=_numbers(v["baseline"], where), candidate=_numbers(v["candidate"], where))
+
+
+def _ratio(value: Json, where: str) -> Ratio:
+    v = _of(Ratio, value, where)
+    low, high = (None if v[k] is None else _number(v[k], f"{where}.{k}") for k in ("low", "high"))
+    return Ratio(value=_number(v["value"], where), low=low, high=high)
 
 
 def _data(value: Json) -> MeasuredData:
     v = _of(MeasuredData, value, "data")
     return MeasuredData(**{**v, "slices": _mapping(v["slices"], "data.slices", _whole)})
+
+
+def _time(value: Json, where: str) -> str:
+    text = _text(value, where)
+    try:
+        if datetime.strptime(text, TIME_FORM).strftime(TIME_FORM) == text:
+            return text
+    except ValueError:
+        pass
+    raise _wrong(where, value, "a time in UTC such as 2026-11-27T14:30:00Z")
+
+
+def _champion(value: Json) -> Champion:
+    v = _of(Champion, value, "champion")
+    return Champion(
+        sha256=v["sha256"],
+        size_bytes=v["size_bytes"],
+        paired=_counts(v["paired"], "champion.paired"),
+        top5=_counts(v["top5"], "champion.top5"),
+    )
 
 
 def _counts(value: Json, where: str) -> PairedCounts | None:
@@ -160,12 +200,14 @@ def _samples(value: Json) -> Samples:
         baseline=_optional(v["baseline"], "samples.baseline"),
         candidate=_optional(v["candidate"], "samples.candidate"),
         values=_mapping(v["values"], "samples.values", _values),
+        champion=_optional(v["champion"], "samples.champion"),
     )
 
 
 def _values(value: Json, where: str) -> Values:
     v = _of(Values, value, where)
-    return Values(baseline=_numbers(v["baseline"], where), candidate=_numbers(v["candidate"], where))
+    champion = None if v["champion"] is None else _numbers(v["champion"], where)
+    return Values(baseline=_numbers(v["baseline"], where), candidate=_numbers(v["candidate"], where), champion=champion)
 
 
 def _details(value: Json) -> ClassDetails:

@@ -7,7 +7,7 @@ from pathlib import Path
 from qcore.config import Config
 from qcore.data.card import DataCard
 from qcore.files import write_atomic
-from qcore.gate import GatePolicy
+from qcore.policy import GatePolicy
 from qcore.recipe import Recipe
 from qcore.target import TargetProfile
 

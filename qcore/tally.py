@@ -6,7 +6,7 @@ and sums of floats are kept as whole numbers in units of the smallest float64, s
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 
@@ -35,9 +35,10 @@ def rounded(total: int) -> float:
 class Tally:
     """Results of consecutive samples.
 
-    `label`, `baseline` and `candidate` are empty where there are none; `values` holds numbers per sample of either
-    model. `sums` are of `exact` values: powers of outputs and of their errors, squared errors. `top5` counts samples
-    by who has the label among its five largest outputs. `bins` are those of top probabilities, a row of count, right
+    `label`, `baseline`, `candidate` and `champion` are empty where there are none; `values` holds numbers per sample of
+    each model. `sums` are of `exact` values: powers of outputs and of their errors, squared errors. `top5` counts
+    samples by who has the label among its five largest outputs, `champion_top5` the same of candidate and champion.
+    `bins` are those of top probabilities, a row of count, right
     and sum per bin.
     """
 
@@ -51,6 +52,8 @@ class Tally:
     values: Mapping[str, Values] = field(default_factory=dict)
     sums: Mapping[str, int] = field(default_factory=dict)
     top5: PairedCounts | None = None
+    champion: tuple[int, ...] = ()
+    champion_top5: PairedCounts | None = None
     bins: Mapping[str, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
 
     @property
@@ -64,7 +67,8 @@ def merged(tallies: Sequence[Tally]) -> Tally:
     first = tallies[0]
     for other in tallies:
         same = [(t.task, t.classes, dict(t.user_metrics), set(t.sums), set(t.values)) for t in (first, other)]
-        if same[0] != same[1] or bool(first.label) != bool(other.label):
+        columns = [(bool(t.label), bool(t.champion), t.champion_top5 is None) for t in (first, other)]
+        if same[0] != same[1] or columns[0] != columns[1]:
             raise DataError(f"parts of an evaluation measured different things: {same[0]} and {same[1]}; merge one run")
     return Tally(
         task=first.task,
@@ -74,21 +78,33 @@ def merged(tallies: Sequence[Tally]) -> Tally:
         label=_joined([t.label for t in tallies]),
         baseline=_joined([t.baseline for t in tallies]),
         candidate=_joined([t.candidate for t in tallies]),
-        values={
-            name: Values(
-                baseline=tuple(v for t in tallies for v in t.values[name].baseline),
-                candidate=tuple(v for t in tallies for v in t.values[name].candidate),
-            )
-            for name in first.values
-        },
+        champion=_joined([t.champion for t in tallies]),
+        values={name: _joined_values([t.values[name] for t in tallies]) for name in first.values},
         sums={name: sum(t.sums[name] for t in tallies) for name in first.sums},
-        top5=None if first.top5 is None else added([t.top5 for t in tallies if t.top5 is not None]),
+        top5=_added_counts([t.top5 for t in tallies]),
+        champion_top5=_added_counts([t.champion_top5 for t in tallies]),
         bins={name: _added_bins([t.bins[name] for t in tallies]) for name in first.bins},
     )
 
 
 def _joined(columns: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(v for column in columns for v in column)
+
+
+def _joined_values(columns: Sequence[Values]) -> Values:
+    champion = [c.champion for c in columns if c.champion is not None]
+    if len(champion) not in (0, len(columns)):
+        raise DataError("parts of an evaluation were measured with and without a champion; merge one run")
+    return Values(
+        baseline=tuple(v for c in columns for v in c.baseline),
+        candidate=tuple(v for c in columns for v in c.candidate),
+        champion=tuple(v for column in champion for v in column) if champion else None,
+    )
+
+
+def _added_counts(counts: Sequence[PairedCounts | None]) -> PairedCounts | None:
+    there = [c for c in counts if c is not None]
+    return added(there) if there else None
 
 
 def added(counts: Sequence[PairedCounts]) -> PairedCounts:
@@ -111,9 +127,11 @@ def tally_to_json(tally: Tally) -> Json:
         "label": tally.label,
         "baseline": tally.baseline,
         "candidate": tally.candidate,
-        "values": {k: {"baseline": v.baseline, "candidate": v.candidate} for k, v in tally.values.items()},
+        "champion": tally.champion,
+        "values": {k: {f.name: getattr(v, f.name) for f in fields(Values)} for k, v in tally.values.items()},
         "sums": {k: hex(v) for k, v in tally.sums.items()},
-        "top5": None if tally.top5 is None else {f.name: getattr(tally.top5, f.name) for f in fields(PairedCounts)},
+        "top5": None if tally.top5 is None else asdict(tally.top5),
+        "champion_top5": None if tally.champion_top5 is None else asdict(tally.champion_top5),
         "bins": tally.bins,
     }
 
@@ -124,17 +142,22 @@ def tally_from_json(value: Json) -> Tally:
     Raises:
         KeyError, TypeError, ValueError: it did not.
     """
-    columns = {k: tuple(int(x) for x in value[k]) for k in ("index", "label", "baseline", "candidate")}
+    columns = {k: tuple(int(x) for x in value[k]) for k in ("index", "label", "baseline", "candidate", "champion")}
     return Tally(
         task=value["task"],
         classes=int(value["classes"]),
         user_metrics=dict(value["user_metrics"]),
         **columns,
         values={
-            k: Values(baseline=tuple(map(float, v["baseline"])), candidate=tuple(map(float, v["candidate"])))
+            k: Values(
+                baseline=tuple(map(float, v["baseline"])),
+                candidate=tuple(map(float, v["candidate"])),
+                champion=None if v["champion"] is None else tuple(map(float, v["champion"])),
+            )
             for k, v in value["values"].items()
         },
         sums={k: int(v, 16) for k, v in value["sums"].items()},
         top5=None if value["top5"] is None else PairedCounts(**value["top5"]),
+        champion_top5=None if value["champion_top5"] is None else PairedCounts(**value["champion_top5"]),
         bins={k: tuple((int(a), int(b), int(c)) for a, b, c in v) for k, v in value["bins"].items()},
     )

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from qcore.config import Config, load_config
 from qcore.errors import ConfigError
+from qcore.machine import cpu_flags
 from qcore.numerics.affine import QScheme, container_bits
 
 Precision = Literal["int16", "float16", "float"]
@@ -93,7 +94,7 @@ def load_target(name: str) -> TargetProfile:
         ConfigError: there is no such profile or file, or the file is wrong.
     """
     if name == "host":
-        name = host_target(platform.machine(), _cpu_flags())
+        name = host_target(platform.machine(), cpu_flags())
     return load_config(shipped_or_file(name, PROFILES, "target"), TargetProfile, "target profile")
 
 
@@ -116,16 +117,6 @@ def host_target(machine: str, flags: frozenset[str]) -> str:
     if machine in ("aarch64", "arm64"):
         return "arm-dotprod"
     raise ConfigError(f"there is no profile for the host's architecture {machine}; pass --target NAME or a YAML file")
-
-
-def _cpu_flags() -> frozenset[str]:
-    """Return the CPU's feature flags; empty where the system does not tell, which chooses the safe profile."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return frozenset()
-    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return frozenset(line.partition(":")[2].split())
 
 
 def shipped_or_file(name: str, folder: Path, what: str) -> Path:

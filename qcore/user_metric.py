@@ -29,7 +29,8 @@ def user_metrics(entries: Mapping[str, Direction]) -> tuple[UserMetric, ...]:
     found = [_loaded(entry, direction) for entry, direction in entries.items()]
     names = [m.name for m in found]
     for name in names:
-        if name in TAKEN or name.startswith("baseline_") or names.count(name) > 1:
+        reserved = name in TAKEN or name.startswith(("baseline_", "champion_")) or name.endswith("_champion")
+        if reserved or names.count(name) > 1:
             raise DataError(f"metric {name!r} has a name that is taken; allowed: other names; rename the function")
     return tuple(found)
 

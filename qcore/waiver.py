@@ -80,20 +80,24 @@ NOBODY = Override()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Binding:
-    """The digests that a decision rests on and a waiver is about; `package` is None for a local decision."""
+    """The digests that a decision rests on and a waiver is about.
+
+    `parity` is None where no parity report was given, `package` for a local decision.
+    """
 
     model: Digest
     baseline: Digest
     data: Digest
     policy: Digest
     report: Digest
+    parity: Digest | None
     package: Digest | None
 
     def __post_init__(self) -> None:
         """Refuse what is no digest."""
         for name in self.__slots__:
             value = getattr(self, name)
-            if name != "package" or value is not None:
+            if name not in ("parity", "package") or value is not None:
                 _check_hex(f"digest of the {name}", value)
 
 

@@ -16,14 +16,16 @@ from qcore.canonical import sha256_bytes
 from qcore.device.config import DeviceConfig
 from qcore.release.evidence import sign_decision
 from qcore.release.keys import KeyRing, create_keys
+from qcore.release.location import open_store
 from qcore.release.manifest import Compatibility, Golden, Provenance, TensorInfo
 from qcore.release.package import Package, PackageSource, build_package
 from qcore.release.proposal import Submission
 from qcore.release.repository import Release, init_repository, publish_release
+from qcore.release.s3 import S3Store
 from qcore.release.store import DirectoryStore, Object
 from qcore.release.subject import manifest_digest
 from qcore.report import Check, GateDecision, GatedPackage, Outcome
-from qcore.waiver import format_time
+from qcore.waiver import Override, Owner, format_time
 
 FAMILY = "digits"
 HARDWARE = "x86-vnni"
@@ -88,6 +90,16 @@ def about(package: Package, outcome: Outcome = "pass") -> GateDecision:
     return dataclasses.replace(local, package=gated(package), decided=format_time(now()))
 
 
+def waivable(
+    owner: Owner, names: Sequence[str] = ("top1",), outcome: Outcome = "fail", max_days: int = 14
+) -> GateDecision:
+    """Return a local decision of one check per name, all of `outcome`, that `owner` may waive."""
+    first = decision("a" * 64, outcome)
+    checks = tuple(dataclasses.replace(first.checks[0], name=name) for name in names)
+    override = Override(owners=(owner,), checks=tuple(names), max_days=max_days)
+    return dataclasses.replace(first, checks=checks, override=override)
+
+
 def decision(model_sha256: str, outcome: Outcome = "pass") -> GateDecision:
     """Return a gate decision about the model of this digest, local: it names no package."""
     bound = 0.97 if outcome == "pass" else 0.95
@@ -112,7 +124,7 @@ class World:
     """A repository with one channel `stable`, its keys, and a folder for everything else."""
 
     folder: Path
-    store: DirectoryStore
+    store: DirectoryStore | S3Store
     keys: KeyRing
 
     def package(self, version: str = "1.0.0", *, seed: int = 0, error: float = 0.0) -> Package:
@@ -139,7 +151,7 @@ class World:
             device_id=name,
             hardware=HARDWARE,
             family=FAMILY,
-            repository=str(self.store.folder),
+            repository=read_address(self.store),
             root=self.keys.pinned_root,
             state_dir=self.folder / "devices" / name,
             selftest=(sys.executable, "-c", "pass"),  # the real one is slow; tests of it say so
@@ -147,12 +159,19 @@ class World:
         return dataclasses.replace(config, **changes)  # type: ignore[arg-type]  # fields by name, for tests
 
 
-def make_world(folder: Path, when: datetime | None = None) -> World:
-    """Return a new world whose repository was signed at `when` (now)."""
+def make_world(folder: Path, when: datetime | None = None, *, location: str | None = None) -> World:
+    """Return a new world whose repository (in `folder` or at `location`) was signed at `when` (now)."""
     keys = create_keys(folder / "keys", ["stable"])
-    store = DirectoryStore(folder=folder / "repo")
+    store = open_store(location or folder / "repo")
     init_repository(store, keys, ["stable"], now=when or now())
     return World(folder=folder, store=store, keys=keys)
+
+
+def read_address(store: DirectoryStore | S3Store) -> str:
+    """Return where devices read this store: its folder, or the server's address, which anybody may read."""
+    if isinstance(store, DirectoryStore):
+        return str(store.folder)
+    return f"{store.client.meta.endpoint_url}/{store.bucket}/{store.prefix}".rstrip("/")
 
 
 class Crash(Exception):  # noqa: N818 - the process is gone

@@ -19,7 +19,7 @@ def cosign(
         package: The .qpkg file.
         evidence: The gate's signed decision about it.
         cosigned: The new models role with the gate's signature; publish adds the publisher's.
-        repository: Folder of the repository; it is only read.
+        repository: Folder of the repository, or s3://bucket/prefix; it is only read.
         keys: Folder with the gate's key and the pinned root.json, mounted from a secret of its own.
     """
     from pathlib import Path
@@ -30,5 +30,5 @@ def cosign(
 
     with Tracker("cosign"):
         files = {"package": Path(package.path), "evidence": Path(evidence.path), "out": Path(cosigned.path)}
-        steps.cosign(**files, repository=Path(repository), keys=Path(keys))
+        steps.cosign(**files, repository=repository, keys=Path(keys))
         cosigned.metadata.update(file_facts(Path(cosigned.path), "qcore-cosigned-role"))

@@ -16,6 +16,8 @@ def evaluate_shard(
     split: str = "evaluation",
     data_sha256: str = "",
     baseline_sha256: str = "",
+    champion: str = "",
+    champion_sha256: str = "",
 ) -> None:
     """Measure a candidate against its baseline on one part of a split; `merge_reports` puts the parts together.
 
@@ -24,16 +26,18 @@ def evaluate_shard(
         baseline: Float ONNX model that it is held against.
         data: Data-set card (YAML), or a folder holding exactly one.
         part: What was measured on the samples of this shard (JSON).
-        shard: Which part of the split to read, from 1; the first one measures latency for all.
+        shard: Which part of the split to read, from 1; the first one measures costs for all.
         shards: Number of parts.
         split: Name of the split of the card to read.
         data_sha256: Digest of the data; part of the cache key, so give another one when card or samples change.
         baseline_sha256: SHA-256 that the baseline file must have; part of the cache key. Empty: any file.
+        champion: Path to the released model, ONNX or package (.qpkg), such as one in a mounted repository. Empty: none.
+        champion_sha256: SHA-256 that the champion's file must have; part of the cache key. Empty: any file.
     """
     from pathlib import Path
 
     from qcore import steps
-    from qcore.tracking.facts import expect_model, file_facts
+    from qcore.tracking.facts import expect_champion, expect_model, file_facts
     from qcore.tracking.tracker import Tracker
 
     with Tracker("evaluate_shard") as t:
@@ -46,6 +50,7 @@ def evaluate_shard(
             out=Path(part.path),
             shard=(shard, shards),
             split=split,
+            champion=expect_champion(champion, champion_sha256),
             progress=t.progress,
         )
         part.metadata.update(file_facts(Path(part.path), "qcore-evaluation-part"))

@@ -1,5 +1,7 @@
 """Component `gate`: the signed decision; its one string output is what `dsl.If` looks at."""
 
+from typing import Optional
+
 from kfp import dsl
 
 from qcore.components.images import IMAGE
@@ -15,6 +17,7 @@ def gate(
     key: str,
     policy: str = "",
     waiver: str = "",
+    parity: Optional[dsl.Input[dsl.Artifact]] = None,
 ) -> str:
     """Decide by policy whether the candidate may be released, and sign the decision.
 
@@ -27,6 +30,7 @@ def gate(
         key: Folder with the gate's key (gate.pem or gate.signer.json), or the key file; mounted from a secret.
         policy: Gate policy as YAML text. Empty: at most one point of accuracy lost at 95 % confidence.
         waiver: Text of a signed waiver for exactly this report and package. Empty: none.
+        parity: Parity report (JSON) of the same model and split; needed where the policy limits parity.
 
     Returns:
         pass, fail or inconclusive.
@@ -42,8 +46,16 @@ def gate(
     with Tracker("gate") as t, texts[0] as policy_file, texts[1] as waiver_file:
         source, out = Path(report.path), Path(evidence.path)
         shipped, signer = Path(package.path), Path(key)
-        waivers = [waiver_file] if waiver_file else []
-        decision = steps.gate(report=source, package=shipped, out=out, key=signer, policy=policy_file, waivers=waivers)
+        elsewhere = Path(parity.path) if parity else None
+        decision = steps.gate(
+            report=source,
+            out=out,
+            key=signer,
+            policy=policy_file,
+            package=shipped,
+            parity=elsewhere,
+            waivers=[waiver_file] if waiver_file else [],
+        )
         evidence.metadata.update(file_facts(out, "qcore-evidence"))
         pages = {"markdown": Path(decision_markdown.path), "html": Path(decision_html.path)}
         track_decision(t, decision, VerdictFiles(report=source, evidence=out, **pages))

@@ -13,16 +13,17 @@ def merge_reports(
     report: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
-    """Merge the shards of an evaluation; the report is that of one process, but for latency.
+    """Merge the shards of an evaluation; the report is that of one process, but for costs.
 
     Args:
         parts: What `evaluate_shard` measured on every shard of one split, in any order.
-        report: Evaluation report (JSON): per-sample results, metrics, latency, sizes, digests.
-        metrics: The metrics as numbers.
+        report: Evaluation report (JSON): per-sample results, metrics, costs, digests.
+        metrics: The metrics and costs as numbers.
     """
     from pathlib import Path
 
     from qcore import steps
+    from qcore.derived import cost_metrics
     from qcore.tracking.facts import file_facts
     from qcore.tracking.tracker import Tracker
 
@@ -31,6 +32,6 @@ def merge_reports(
         result = steps.merge_reports(parts=[Path(part.path) for part in parts], out=out)
         report.metadata.update(file_facts(out, "qcore-evaluation"))
         t.params({"shards": len(parts)})
-        t.metrics({**result.metrics, "latency_p50_ms": result.model.latency_ms.p50, "n": result.n}, kfp=metrics)
+        t.metrics({**result.metrics, **cost_metrics(result), "n": result.n}, kfp=metrics)
         t.params({"data": result.data.name, "evaluation_split": result.data.split}, on="parent")
         t.artifact(out, name="report.json")

@@ -23,7 +23,7 @@ def publish(
         package: The .qpkg file.
         evidence: The gate's signed decision.
         release: What was published (JSON).
-        repository: Folder of the repository.
+        repository: Folder of the repository, or s3://bucket/prefix.
         keys: Folder with the publisher's and the channel's private keys, mounted from a secret.
         channel: Channel that devices follow.
         cosigned: The role that the component cosign signed. Absent: the gate's key lies among `keys` too.
@@ -38,7 +38,7 @@ def publish(
     with Tracker("publish") as t:
         files = {"package": Path(package.path), "evidence": Path(evidence.path)}
         role = Path(cosigned.path) if cosigned else None
-        result = steps.publish(**files, repository=Path(repository), keys=Path(keys), channel=channel, cosigned=role)
+        result = steps.publish(**files, repository=repository, keys=Path(keys), channel=channel, cosigned=role)
         write_json(Path(release.path), result.to_json())
         release.metadata.update(file_facts(Path(release.path), "qcore-release"))
         name = f"{result.family} {result.version}"

@@ -10,7 +10,7 @@ def refresh_repository(repository: str, keys: str) -> str:
     """Sign again each role that has lived an eighth of its life and whose keys are held.
 
     Args:
-        repository: Folder of the repository.
+        repository: Folder of the repository, or s3://bucket/prefix.
         keys: Folder with the keys of snapshot, timestamp and channels, mounted from a secret.
 
     Returns:
@@ -22,6 +22,6 @@ def refresh_repository(repository: str, keys: str) -> str:
     from qcore.tracking.tracker import Tracker
 
     with Tracker("refresh-repository") as t:
-        roles = ", ".join(steps.refresh(repository=Path(repository), keys=Path(keys)))
+        roles = ", ".join(steps.refresh(repository=repository, keys=Path(keys)))
         t.params({"signed": roles or "nothing was due"})
         return roles

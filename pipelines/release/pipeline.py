@@ -13,6 +13,7 @@ from qcore.components.cosign import cosign
 from qcore.components.evaluate import evaluate
 from qcore.components.gate import gate
 from qcore.components.package import package
+from qcore.components.parity import parity
 from qcore.components.prune import prune
 from qcore.components.publish import publish
 from qcore.components.quantize import quantize
@@ -27,6 +28,14 @@ MLFLOW_ENV = {
     "password": "MLFLOW_TRACKING_PASSWORD",
 }
 MLFLOW_ENV_SOURCE = "qcore-mlflow"
+S3_ENV = {
+    "endpoint": "AWS_ENDPOINT_URL_S3",
+    "region": "AWS_DEFAULT_REGION",
+    "access-key-id": "AWS_ACCESS_KEY_ID",
+    "secret-access-key": "AWS_SECRET_ACCESS_KEY",
+}
+S3_ENV_SOURCE = "qcore-s3"
+"""Where `cosign` and `publish` find the store of an s3:// repository; a pod with a cloud identity needs none of it."""
 
 
 def tracked(task: dsl.PipelineTask, *, cache: bool = False) -> dsl.PipelineTask:
@@ -53,6 +62,8 @@ def release(
     keys: str = KEYS,
     calibration_split: str = "calibration",
     evaluation_split: str = "evaluation",
+    champion: str = "",
+    parity_samples: int = 64,
 ) -> None:
     """Compose the steps; every argument is explained at the component that takes it."""
     model = dsl.importer(artifact_uri=model_uri, artifact_class=dsl.Model).set_display_name("import model").output
@@ -65,10 +76,13 @@ def release(
     quantized = quantize(model=pruned, table=table, recipe=recipe, target=target)
     candidate = tracked(quantized, cache=True).outputs["quantized"]
     digests = {"data_sha256": data_sha256, "baseline_sha256": model_sha256}
-    evaluated = tracked(evaluate(candidate=candidate, baseline=model, **measured, **digests))
+    evaluated = tracked(evaluate(candidate=candidate, baseline=model, champion=champion, **measured, **digests))
+    kubernetes.mount_pvc(evaluated, REPOSITORY_VOLUME, mount_path=REPOSITORY)
+    same = tracked(parity(model=candidate, samples=parity_samples, data_sha256=data_sha256, **measured), cache=True)
+    same.after(evaluated)  # beside it on one machine, it would be in the latency
     named = {"family": family, "version": version, "target": target}
     packed = tracked(package(model=candidate, **measured, **named)).outputs["package"]
-    judged = {"report": evaluated.outputs["report"], "package": packed}
+    judged = {"report": evaluated.outputs["report"], "parity": same.outputs["report"], "package": packed}
     gated = tracked(gate(**judged, key=keys, policy=policy))
     kubernetes.use_secret_as_volume(gated, GATE_KEY_VOLUME, mount_path=KEYS)
     evidence = gated.outputs["evidence"]
@@ -76,8 +90,10 @@ def release(
     with dsl.If(gated.outputs["Output"] == "pass", name="passed"):
         signed = tracked(cosign(package=packed, evidence=evidence, repository=repository, keys=keys))
         kubernetes.use_secret_as_volume(signed, COSIGN_KEY_VOLUME, mount_path=KEYS)
+        kubernetes.use_secret_as_env(signed, S3_ENV_SOURCE, S3_ENV, optional=True)
         kubernetes.mount_pvc(signed, REPOSITORY_VOLUME, mount_path=REPOSITORY)
         shipped = {"package": packed, "evidence": evidence, "cosigned": signed.outputs["cosigned"]}
         published = publish(**shipped, repository=repository, keys=keys, channel=channel)
         kubernetes.use_secret_as_volume(tracked(published), PUBLISHER_KEYS_VOLUME, mount_path=KEYS)
+        kubernetes.use_secret_as_env(published, S3_ENV_SOURCE, S3_ENV, optional=True)
         kubernetes.mount_pvc(published, REPOSITORY_VOLUME, mount_path=REPOSITORY)

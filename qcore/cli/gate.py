@@ -45,15 +45,30 @@ def gate(
     package: Annotated[
         Path | None, typer.Option("--package", help="What shall be published; without it the decision is local only.")
     ] = None,
+    parity: Annotated[Path | None, typer.Option(help="Report of `qcore parity` on the same model and split.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Refuse a report on another candidate.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Refuse a report against another baseline.")] = None,
+    champion: Annotated[Path | None, typer.Option(help="Refuse a report against another champion.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Data card: refuse a report on other samples.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the card; default: that of the report.")] = None,
     waiver: Annotated[
         list[Path] | None, typer.Option("--waiver", help="File of `qcore gate waive`; may be repeated.")
     ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Decide whether the candidate may be released, and sign the decision. Exit code 3 unless it passes."""
-    decision = steps.gate(report=report, out=out, key=key, policy=policy, package=package, waivers=waiver or ())
+    decision = steps.gate(
+        report=report,
+        out=out,
+        key=key,
+        policy=policy,
+        package=package,
+        parity=parity,
+        files=steps.MeasuredFiles(model=model, baseline=baseline, champion=champion, data=data, split=split),
+        waivers=waiver or (),
+    )
     if as_json:
-        print_json({**decision.to_json(), "output": str(out), "who_may_override": decision.override.sentence()})
+        print_json({**decision.to_json(), "output": str(out), "who_may_override": decision.who_may_override()})
     else:
         print_decision(decision)
         if decision.package is None:
@@ -77,6 +92,7 @@ def verify(
     report: Annotated[
         Path | None, typer.Option("--report", help="Evaluation report; the decision is derived from it again.")
     ] = None,
+    parity: Annotated[Path | None, typer.Option("--parity", help="Parity report that was judged.")] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Check one evidence file offline. Exit code 1 unless it is genuine, 3 if it is but allows no release now."""
@@ -90,6 +106,7 @@ def verify(
         split=split,
         policy=policy,
         report=report,
+        parity=parity,
     )
     if as_json:
         print_json(found.to_json())
@@ -135,7 +152,7 @@ def _print_verification(found: "Verification") -> None:
     if found.decision is None:
         print("not genuine: nothing in this file can be believed")
         return
-    print(found.decision.override.sentence())
+    print(found.decision.who_may_override())
     if not found.genuine:
         print("not genuine for these files: what does not fit is named above")
     elif found.decision.outcome != "pass":
@@ -143,4 +160,4 @@ def _print_verification(found: "Verification") -> None:
     elif found.lapsed is not None:
         print(f"genuine, but no longer a pass: {found.lapsed}")
     else:
-        print("genuine; the gate passed")
+        print("genuine; the gate passed" + (" because of waivers" if found.decision.waivers else ""))

@@ -277,10 +277,8 @@ def print_decision(decision: GateDecision) -> None:
     needs = max((c.needs_samples or 0 for c in decision.checks), default=0)
     more = f" (about {needs} more samples would decide)" if needs else ""
     print(f"outcome: {decision.outcome}{more}")
-    for signed in decision.waivers:
-        print(f"waiver: {signed.waiver.sentence()}")
     if decision.outcome != "pass" or decision.waivers:
-        print(decision.override.sentence())
+        print(decision.who_may_override())
 
 
 def print_summary(summary: steps.CompressionSummary, as_json: bool) -> None:

@@ -41,7 +41,7 @@ Policy = Annotated[
 ]
 Family = Annotated[str, typer.Option("--family", help="Name of the model on devices, [a-z0-9._-].")]
 Version = Annotated[str, typer.Option("--version", help="Version of this release, new for the family.")]
-Repository = Annotated[Path, typer.Option("--repository", help="Folder of the signed repository.")]
+Repository = Annotated[str, typer.Option("--repository", help="The signed repository: a folder or s3://bucket/prefix.")]
 Keys = Annotated[Path, typer.Option("--keys", help="Folder of the signing keys.")]
 Channel = Annotated[str, typer.Option("--channel", help="Channel that devices follow.")]
 

@@ -14,7 +14,7 @@ from qcore.cli import options as opt
 from qcore.cli.output import percent, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from qcore.parity import ParityReport
+    from qcore.parity_report import ParityReport
 
 
 def parity(

@@ -30,12 +30,15 @@ def run(
     recipe: opt.Recipe = "int8",
     target: opt.Target = "host",
     policy: opt.Policy = None,
+    champion: Annotated[Path | None, typer.Option(help="The released model, ONNX or .qpkg, to compare with.")] = None,
     sparsity: Annotated[float, typer.Option(help="Fraction of weights to zero before quantization.")] = 0.0,
     family: Annotated[str | None, typer.Option(help="Name on devices; default: the model file's name.")] = None,
     version: Annotated[str | None, typer.Option(help="Release version; default: the time.")] = None,
     channel: opt.Channel = "stable",
     workspace: Annotated[Path, typer.Option(help="Folder for everything the run writes.")] = Path("qcore-work"),
-    repository: Annotated[Path | None, typer.Option(help="Signed repository; default: in the workspace.")] = None,
+    repository: Annotated[
+        str | None, typer.Option(help="Signed repository, folder or s3://bucket/prefix; default: in the workspace.")
+    ] = None,
     keys: Annotated[Path | None, typer.Option(help="Signing keys; default: development keys in the workspace.")] = None,
     tracking: Annotated[
         str | None, typer.Option(help="MLflow URI, or none; default: $MLFLOW_TRACKING_URI, else the workspace.")
@@ -43,12 +46,13 @@ def run(
     device: Annotated[bool, typer.Option(help="Install a passed release on a device in the workspace.")] = True,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Run prune, calibrate, quantize, evaluate, package, gate, publish; then a local device installs the release.
+    """Run prune, calibrate, quantize, evaluate, package, parity, gate, publish; then a local device installs it.
 
-    Exit code 3 unless the gate passes.
+    Exit code 3 unless the gate passes. Devices read a repository in S3 over http(s), so none installs from it here.
     """
     from qcore.cli.steptable import step_table
     from qcore.pipelines.local import ReleaseArguments, run_release
+    from qcore.release.location import is_url
     from qcore.target import load_target
 
     if (repository is None) != (keys is None):
@@ -66,6 +70,7 @@ def run(
         recipe=recipe,
         target=hardware if target == "host" else target,
         policy=policy,
+        champion=champion,
         channel=channel,
         sparsity=sparsity,
     )
@@ -76,10 +81,10 @@ def run(
             arguments, workspace=workspace / "runs", tracking_uri=_tracking(tracking, workspace), progress=changed
         )
     installed = None
-    if device and finished.outcome == "pass":
+    if device and finished.outcome == "pass" and not is_url(arguments.repository):
         installed = install_on_device(
             workspace / "device" / f"{family}-{hardware}",
-            repository=arguments.repository,
+            repository=Path(arguments.repository),
             root=arguments.keys / "root.json",
             family=family,
             channel=channel,

@@ -1,4 +1,4 @@
-"""`qcore repo`: make a signed repository, look at it, keep it fresh, take releases back."""
+"""`qcore repo`: prove a store, make a signed repository in it, look at it, keep it fresh, take releases back."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -52,7 +52,7 @@ def init(
     channels = channel or ["stable"]
     if not make_repository(repository, keys, channels):
         raise ReleaseError(f"{keys} and {repository} are complete already; nothing is overwritten; pass other folders")
-    facts = {"repository": str(repository), "keys": str(keys), "root": str(keys / "root.json")}
+    facts = {"repository": repository, "keys": str(keys), "root": str(keys / "root.json")}
     if as_json:
         print_json({**facts, "channels": channels})
     else:
@@ -82,9 +82,10 @@ def status(repository: opt.Repository, as_json: opt.AsJson = False) -> None:
 
     A role with less than half of its life left is marked, with less than a quarter loudly: `refresh` does not run.
     """
+    from qcore.release.location import open_store
     from qcore.release.repository import status as read_status
 
-    rows = read_status(steps.open_repository(repository), now=datetime.now(UTC))
+    rows = read_status(open_store(repository), now=datetime.now(UTC))
     if as_json:
         print_json({"roles": [r.to_json() for r in rows]})
         return
@@ -113,6 +114,24 @@ def refresh(repository: opt.Repository, keys: opt.Keys, as_json: opt.AsJson = Fa
         print_json({"signed": list(roles)})
     else:
         print(f"signed again: {', '.join(roles) or 'nothing was due'}")
+
+
+@app.command("doctor")
+def doctor(repository: opt.Repository, as_json: opt.AsJson = False) -> None:
+    """Prove that a store keeps its conditions (create-only, compare-and-swap, races); exit code 1 if it does not.
+
+    Writes objects of its own beside the repository and removes them; the repository is not touched.
+    """
+    from qcore.release.doctor import examine, refuse_unproven
+    from qcore.release.location import open_store
+
+    probes = examine(open_store(repository))
+    if as_json:
+        print_json({"repository": repository, "ok": all(p.ok for p in probes), "probes": [p.to_json() for p in probes]})
+    else:
+        rows = [(p.name, "yes" if p.ok else "NO", p.expected, p.observed) for p in probes]
+        print_table(f"Store {repository}", ("probe", "good", "expected", "observed"), rows)
+    refuse_unproven(probes)
 
 
 @app.command("yank")

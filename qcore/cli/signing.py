@@ -39,7 +39,7 @@ def draft(
     key: Annotated[list[str] | None, typer.Option("--key", help="NAME=FILE.pub of an online key; repeatable.")] = None,
     family: Annotated[list[str] | None, typer.Option("--family", help="Family known from the start.")] = None,
     repository: Annotated[
-        Path | None, typer.Option("--repository", help="Draft the next root of this one: its offline keys change.")
+        str | None, typer.Option("--repository", help="Draft the next root of this one: its offline keys change.")
     ] = None,
     keys: Annotated[Path | None, typer.Option("--keys", help="With --repository: folder of its pinned root.")] = None,
     as_json: opt.AsJson = False,

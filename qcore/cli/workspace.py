@@ -54,20 +54,28 @@ def prepare(folder: Path, channel: str) -> Workspace:
     return workspace
 
 
-def make_repository(repository: Path, keys: Path, channels: list[str]) -> bool:
+def make_repository(repository: str | Path, keys: Path, channels: list[str]) -> bool:
     """Make what is missing of keys and repository; return whether anything was.
 
     One process at a time, and again after a crash: keys without a repository get one, complete ones stay as they are.
+    A store behind an address is proven first.
+
+    Raises:
+        ReleaseError: the store does not keep its conditions, or holds a repository of other keys.
     """
+    from qcore.release.doctor import examine, refuse_unproven
     from qcore.release.keys import create_keys, load_keys
+    from qcore.release.location import is_url, open_store
     from qcore.release.repository import init_repository
-    from qcore.release.store import DirectoryStore
 
     keys.parent.mkdir(parents=True, exist_ok=True)
     with locked_folder(keys.parent):
-        store = DirectoryStore(folder=repository)
+        store = open_store(repository)
         if (keys / "root.json").exists() and store.get(TIMESTAMP) is not None:
             return False
+        if is_url(repository):
+            typer.echo(f"proving the conditional writes of {repository}", err=True)
+            refuse_unproven(examine(store))
         if not any(keys.glob("*.pem")):
             typer.echo(f"making development keys in {keys}", err=True)
             create_keys(keys, channels)
@@ -91,10 +99,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
 def refresh(workspace: Workspace) -> None:
     """Sign again what nears its expiry, as the scheduled job of a real repository does."""
     from qcore.release.keys import load_keys
+    from qcore.release.location import open_store
     from qcore.release.repository import refresh as sign_again
-    from qcore.release.store import DirectoryStore
 
-    sign_again(DirectoryStore(folder=workspace.repository), load_keys(workspace.keys), now=datetime.now(UTC))
+    sign_again(open_store(workspace.repository), load_keys(workspace.keys), now=datetime.now(UTC))
 
 
 def install_on_device(

@@ -20,7 +20,7 @@ APPROVED = "x-qcore-approved"
 MAX_AGE = timedelta(days=30)
 """How old evidence may be where nobody said otherwise."""
 Against = Literal["any", "served"]
-"""What the baseline of an evaluation must be: any model, or one that a channel serves."""
+"""What an evaluation must compare with besides the baseline: whatever its policy says, or a model that is served."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,10 +104,11 @@ def refuse_unapproved(decision: GateDecision, approval: Approval, served: Collec
         if found not in allowed:
             known = ", ".join(d[:12] for d in allowed) or "none"
             raise GateRefused(f"{what} {found[:12]} is not approved for this family; approved: {known}; {where}")
-    if approval.policies[decision.policy_sha256] == "served" and served and decision.baseline_sha256 not in served:
+    if approval.policies[decision.policy_sha256] == "served" and served and decision.champion_sha256 not in served:
+        champion = (decision.champion_sha256 or "none")[:12]
         raise GateRefused(
-            f"this policy compares with what is served ({', '.join(d[:12] for d in sorted(served))}); the evaluation's "
-            f"baseline is {decision.baseline_sha256[:12]}; evaluate with --baseline of the served model"
+            f"this policy compares with what is served ({', '.join(d[:12] for d in sorted(served))}); the champion of "
+            f"the evaluation is {champion}; evaluate with --champion of the served release"
         )
     if decision.decided is None:
         raise GateRefused("the evidence does not say when it was decided; run `qcore gate` again")

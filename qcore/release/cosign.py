@@ -71,7 +71,10 @@ def check_evidence(proof: Proof, gate_keys: Sequence[Key], now: datetime) -> Gat
     if decision.outcome != "pass":
         open_checks = [c for c in decision.checks if c.outcome != "pass" and c.name not in decision.waived]
         failed = ", ".join(f"{c.name}: {c.outcome}" for c in open_checks)
-        raise GateRefused(f"gate outcome is {decision.outcome} ({failed}); only a pass is released; mend the model")
+        raise GateRefused(
+            f"gate outcome is {decision.outcome} ({failed}); only a pass is released; mend the model. "
+            f"{decision.override.sentence()}"
+        )
     refuse_expired(decision, now)
     found = proof.manifest.model_sha256
     if found != decision.model_sha256:

@@ -90,6 +90,7 @@ def _statement(decision: GateDecision) -> dict[str, Json]:
     result = RESULTS[decision.outcome]
     if decision.outcome == "pass" and decision.waivers:
         result = WAIVED_RESULT
+    optional = {"champion": decision.champion_sha256, "parity": decision.parity_sha256}
     waivers = [_resource(f"waiver of {s.waiver.owner.name}", waiver_digest(s.waiver)) for s in decision.waivers]
     return {
         "_type": STATEMENT_TYPE,
@@ -102,6 +103,7 @@ def _statement(decision: GateDecision) -> dict[str, Json]:
                 _resource("data", decision.data_sha256),
                 _resource("baseline", decision.baseline_sha256),
                 _resource("report", decision.report_sha256),
+                *(_resource(name, digest) for name, digest in optional.items() if digest is not None),
                 *waivers,
             ],
             "passedTests": tests("pass"),

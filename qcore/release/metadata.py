@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -24,7 +24,7 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, Targets, Timestamp
 
 from qcore.canonical import Json, sha256_bytes
-from qcore.errors import ReleaseError
+from qcore.errors import DoubtfulWriteError, ReleaseError
 from qcore.release.canary import TIMESTAMP_KEY, refuse_unreadable
 from qcore.release.keys import KeyRing
 from qcore.release.records import AUDIT, new_record, record_key
@@ -43,7 +43,10 @@ RESIGN_AFTER = 1 / 8
 """The share of its life after which `refresh` signs a role again: 6 h for the timestamp."""
 MAX_ATTEMPTS = 50
 MAX_PROBES = 1000
+MAX_REREADS = 6
+"""How often a commit is read back, over 1.5 s, before the store is said to serve stale reads."""
 CALLS_AT_ONCE = 8
+"""Requests at a time: a release takes 11 round trips of a store that is far away, not one for every file."""
 
 _Role = TypeVar("_Role", Root, Timestamp, Snapshot, Targets)
 
@@ -103,8 +106,8 @@ def transact(store: ObjectStore, keys: KeyRing, now: datetime, decide: Callable[
     nothing is to be done. An empty change renews the timestamp (and the snapshot when it is due).
 
     Raises:
-        ReleaseError: the store does not verify, a key is missing or not the trusted one, the races were all lost, or
-            clients cannot read what was committed (`canary.py`).
+        ReleaseError: the store does not verify, a key is missing or not the trusted one, the races were all lost,
+            the store does not show what was committed, or clients cannot read it (`canary.py`).
     """
     wait = random.SystemRandom()
     for attempt in range(MAX_ATTEMPTS):
@@ -112,15 +115,16 @@ def transact(store: ObjectStore, keys: KeyRing, now: datetime, decide: Callable[
         change = decide(trusted)
         if change is None:
             return trusted
-        if _commit(store, trusted, change, keys, now):
-            return _confirmed(store, keys, now, trusted, change)
+        with suppress(DoubtfulWriteError):  # asked again like after a lost race: `decide` sees what is there
+            if _commit(store, trusted, change, keys, now):
+                return _confirmed(store, keys, now, trusted, change)
         time.sleep(wait.uniform(0, 0.01 * 2 ** min(attempt, 5)))
     raise ReleaseError(f"other publishers were faster {MAX_ATTEMPTS} times; nothing was published; publish again")
 
 
 def _confirmed(store: ObjectStore, keys: KeyRing, now: datetime, before: Trusted, change: Change) -> Trusted:
     """Return the state after the commit, once it was read back as clients do."""
-    after = load_current(store, keys, now)
+    after = _load_committed(store, keys, now, before.timestamp.version + 1)
     with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
         found = dict(zip(change.objects, pool.map(store.get, change.objects), strict=True))
     for key, data in change.objects.items():
@@ -133,6 +137,19 @@ def _confirmed(store: ObjectStore, keys: KeyRing, now: datetime, before: Trusted
         paths += [p for p, t in targets.items() if old.get(p) != t] or list(targets)[:1]
     refuse_unreadable(read_pinned(keys), before.files, after.files, paths, now)
     return after
+
+
+def _load_committed(store: ObjectStore, keys: KeyRing, now: datetime, version: int) -> Trusted:
+    """Return a state at least as new as the timestamp `version` that was just committed."""
+    for attempt in range(MAX_REREADS):
+        time.sleep(0.1 * attempt)
+        trusted = load_current(store, keys, now)
+        if trusted.timestamp.version >= version:
+            return trusted
+    raise ReleaseError(
+        f"timestamp version {version} is committed, and the store still shows version {trusted.timestamp.version}: "
+        "stale reads; run `qcore repo doctor`"
+    )
 
 
 def read_pinned(keys: KeyRing) -> bytes:

@@ -2,8 +2,9 @@
 
 A store holds small immutable objects under plain keys and promises: `put_if_absent` creates or changes nothing,
 `put_if_match` replaces exactly the bytes that were read or changes nothing, both durable when they return. Here is the
-directory store, good for one machine (or a file system whose flock and link work across machines). What is put where
-is in `repository.py`.
+directory store, good for one machine (or a file system whose flock and link work across machines); `s3.py` has the
+other one, `location.py` chooses, and `doctor.py` proves a store before it is trusted. What is put where is in
+`repository.py`.
 """
 
 import fcntl
@@ -11,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +21,9 @@ from qcore.canonical import Digest, sha256_bytes
 from qcore.errors import ReleaseError
 from qcore.files import fsync_dir, write_atomic
 
-_KEY = re.compile(r"[a-z0-9][a-z0-9._-]*(?:/[a-z0-9][a-z0-9._-]*)*", re.ASCII)
+KEY = re.compile(r"[a-z0-9][a-z0-9._-]*(?:/[a-z0-9][a-z0-9._-]*)*", re.ASCII)
+"""What keys look like: plain enough for file names and for addresses without quoting."""
+LONGEST_KEY = 512
 _LOCK = ".lock"
 
 
@@ -46,6 +49,13 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str) -> list[str]:
         """Return the sorted keys that begin with `prefix`."""
+
+
+class ErasableStore(ObjectStore, Protocol):
+    """A store that can also remove: for the doctor's own probes. What publishes is given an `ObjectStore`."""
+
+    def remove(self, key: str) -> None:
+        """Remove the object if it is there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,12 +106,19 @@ class DirectoryStore:
         """Return the sorted keys that begin with `prefix`; half-written files are no objects."""
         with _errors("list", prefix):
             keys = (p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
-            return sorted(k for k in keys if k.startswith(prefix) and _KEY.fullmatch(k))
+            return sorted(k for k in keys if k.startswith(prefix) and KEY.fullmatch(k))
+
+    def remove(self, key: str) -> None:
+        """Remove the object if it is there, and the folders that held nothing else."""
+        path = self._path(key)
+        with _errors("remove", key):
+            path.unlink(missing_ok=True)
+            for folder in path.relative_to(self.folder).parents[:-1]:
+                with suppress(OSError):  # not empty: others have objects there
+                    (self.folder / folder).rmdir()
 
     def _path(self, key: str) -> Path:
-        if not _KEY.fullmatch(key) or ".." in key or len(key) > 512:
-            raise ReleaseError(f"store key {key!r} is not allowed; allowed: parts of a-z0-9._- joined by /, no '..'")
-        return self.folder / key
+        return self.folder / check_key(key)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -109,6 +126,20 @@ class DirectoryStore:
         with (self.folder / _LOCK).open("a") as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             yield
+
+
+def check_key(key: str) -> str:
+    """Return `key` if every store can hold it.
+
+    Raises:
+        ReleaseError: it cannot.
+    """
+    if not KEY.fullmatch(key) or ".." in key or len(key) > LONGEST_KEY:
+        raise ReleaseError(
+            f"store key {key!r} is not allowed; allowed: parts of a-z0-9._- joined by /, no '..', at most "
+            f"{LONGEST_KEY} characters; choose another name"
+        )
+    return key
 
 
 def _etag(data: bytes) -> Digest:

@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from qcore.data.dataset import Batch
+from qcore.derived import latency_of
 from qcore.errors import DataError, ModelError
+from qcore.measured import Latency
 from qcore.numerics.affine import dequantize_array, quantize_array
 from qcore.numerics.integer_io import IntegerIO, read_integer_io
-from qcore.report import Latency
 from qcore.runtime.piece import Piece
+from qcore.runtime.saturation import only_signed, pairs_saturate
 
 Tensors = Mapping[str, NDArray[np.generic]]
 Predict = Callable[[Tensors], dict[str, NDArray[np.generic]]]
@@ -109,17 +111,37 @@ def load_beside(model: bytes, *, name: str = "model") -> Loaded:
     return _loaded(_session(model, name, options), name)
 
 
+def load_in_turns(model: bytes, *, name: str = "model", threads: int) -> Loaded:
+    """Return `model` as `load` does, to be timed in turns with others: its threads stop spinning when a run ends.
+
+    They would take the cores from the model that runs next. Arguments and errors are those of `load`.
+    """
+    options = _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return _loaded(_session(model, name, options), name)
+
+
 def load_exact(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded:
     """Return `model` ready to run with integer kernels that do not saturate, on this machine as on its target.
 
-    On x86 without VNNI the runtime's u8s8 kernels add pairs of products in 16 bits; here it takes slower ones there
-    (`session.x64quantprecision`). Elsewhere this is `load`. Arguments and errors are those of `load`.
+    Where the runtime's u8s8 kernels add pairs of products in 16 bits (`pairs_saturate`: x86 without VNNI), weights
+    become uint8 for others, which take up to twice the time (`session.x64quantprecision`). Elsewhere this is `load`.
+    In that mode onnxruntime 1.32 breaks files whose weights alone are integers, which have no kernels to correct, and
+    QGemm of signed activations, whose kernels do not saturate anyway: those are loaded as they come.
+
+    Arguments and errors are those of `load`.
     """
+    quantized = (b"QuantizeLinear" in model or b"QLinear" in model) and b"MatMulNBits" not in model
+    if not quantized or not pairs_saturate():
+        return load(model, name=name, threads=threads)
     options = _options(threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
-    # In that mode onnxruntime 1.32 breaks files whose weights alone are integers; they have no kernels to correct.
-    if (b"QuantizeLinear" in model or b"QLinear" in model) and b"MatMulNBits" not in model:
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    return _loaded(_session(model, name, options), name)
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        return _loaded(_session(model, name, options), name)
+    except ModelError:
+        if b"QGemm" not in model or not only_signed(model):
+            raise
+    return load(model, name=name, threads=threads)
 
 
 def load_as_written(model: bytes, *, name: str = "model", threads: int = 0) -> Loaded:
@@ -339,13 +361,21 @@ def optimized_ops(model: bytes, *, name: str = "model") -> Counter[str]:
         return Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
-def measure_latency(
-    models: Sequence[Loaded], fed: Tensors, *, budget_s: float = 2.0, warmup: int = 5, max_runs: int = 200
-) -> list[Latency]:
-    """Return the wall time of one call of each model, measured in turns so that all see the same machine.
+def measure_latency(models: Sequence[Loaded], fed: Tensors, **timing: float) -> list[Latency]:
+    """Return the latency of each model; arguments are those of `timed_rounds`."""
+    return [latency_of(column) for column in timed_rounds(models, fed, **timing)]
+
+
+def timed_rounds(
+    models: Sequence[Loaded], fed: Tensors, *, budget_s: float = 2.0, warmup: float = 5, max_runs: float = 200
+) -> list[tuple[float, ...]]:
+    """Return milliseconds of wall time of one call, per model and round.
+
+    In every round each model runs once, so that what slows the machine down for a while hits all of them; who begins
+    changes from round to round.
 
     Args:
-        models: loaded with `threads=1`.
+        models: loaded with `threads=1`, or by `load_in_turns`.
         fed: one sample, real numbers as inputs of every model; quantized before the clock starts.
         budget_s: stop after about this many seconds in all, but not before 20 rounds.
         warmup: untimed calls of each.
@@ -354,15 +384,16 @@ def measure_latency(
     times: list[list[float]] = [[] for _ in models]
     feds = [encoded(model, fed) for model in models]
     for model, inputs in zip(models, feds, strict=True):
-        for _ in range(warmup):
+        for _ in range(int(warmup)):
             model.predict(inputs)
     end = time.perf_counter() + budget_s
-    while len(times[0]) < min(20, max_runs) or (len(times[0]) < max_runs and time.perf_counter() < end):
-        for k, model in enumerate(models):
+    while (done := len(times[0])) < min(20, max_runs) or (done < max_runs and time.perf_counter() < end):
+        for turn in range(len(models)):
+            k = (turn + done) % len(models)
             start = time.perf_counter_ns()
-            model.predict(feds[k])
+            models[k].predict(feds[k])
             times[k].append((time.perf_counter_ns() - start) / 1e6)
-    return [Latency(p50=float(np.percentile(t, 50)), p95=float(np.percentile(t, 95)), runs=len(t)) for t in times]
+    return [tuple(column) for column in times]
 
 
 def runtime_version() -> str:

@@ -13,6 +13,11 @@ from qcore.steps.calibration import merge_tables as merge_tables
 from qcore.steps.compression import CompressionSummary as CompressionSummary
 from qcore.steps.compression import compress as compress
 from qcore.steps.compression import quantize as quantize
+from qcore.steps.costs import TIMING_SECONDS as TIMING_SECONDS
+from qcore.steps.costs import Costing as Costing
+from qcore.steps.costs import costing_of as costing_of
+from qcore.steps.decision import gate as gate
+from qcore.steps.decision import load_report as load_report
 from qcore.steps.finetuning import Finetuning as Finetuning
 from qcore.steps.finetuning import finetune as finetune
 from qcore.steps.guard import OnEpoch as OnEpoch
@@ -20,13 +25,12 @@ from qcore.steps.guard import Progress as Progress
 from qcore.steps.guard import is_first as is_first
 from qcore.steps.judgement import evaluate as evaluate
 from qcore.steps.judgement import evaluate_shard as evaluate_shard
-from qcore.steps.judgement import gate as gate
-from qcore.steps.judgement import load_report as load_report
 from qcore.steps.judgement import merge_reports as merge_reports
 from qcore.steps.layers import layer_paths as layer_paths
 from qcore.steps.layers import layers as layers
 from qcore.steps.lint import LintReport as LintReport
 from qcore.steps.lint import lint as lint
+from qcore.steps.matching import MeasuredFiles as MeasuredFiles
 from qcore.steps.parity import parity as parity
 from qcore.steps.precision import MixedSummary as MixedSummary
 from qcore.steps.precision import mixed_precision as mixed_precision

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from qcore.canonical import Json
 from qcore.steps.compression import CompressionSummary, summary_of
+from qcore.steps.costs import costing_for
 from qcore.steps.guard import Progress, refuse_overwrite, silent
 from qcore.steps.precision import Budget, Found, search_on
 from qcore.steps.tries import (
@@ -20,8 +21,8 @@ from qcore.steps.tries import (
 )
 
 if TYPE_CHECKING:
-    from qcore.gate import GatePolicy
     from qcore.ladder import Attempt, Climb
+    from qcore.policy import GatePolicy
     from qcore.recipe import Recipe
     from qcore.report import EvaluationReport, GateDecision
 
@@ -63,23 +64,23 @@ def compress_auto(
 ) -> AutoSummary:
     """Return the summary of `out`: the first rung of the ladder that passes `policy`, or the one nearest to float.
 
-    The policy is asked on the card's split `validation`, or `evaluation` where there is none. A pass there is a choice,
-    not the evidence for a release: that is `qcore gate` on what was written. After a kill the same call goes on, and
-    repeats no finished trial (`journal_path(out)`).
+    The policy is asked on the card's split `validation`, or `evaluation` where there is none, but for champion,
+    download, parity and age, which belong to a release. A pass there is a choice, not the evidence for a release: that
+    is `qcore gate` on what was written. After a kill the same call goes on, and repeats no finished trial
+    (`journal_path(out)`).
 
     Raises:
         ConfigError: the card has neither split, or a file is wrong.
     """
     from qcore.config import load_config
     from qcore.files import write_atomic
-    from qcore.gate import GatePolicy
     from qcore.graph.io import read_model_bytes
     from qcore.ladder import climb, out_of_reach, rungs
+    from qcore.policy import GatePolicy, for_choosing
 
     for path in (out, journal_path(out)):
         refuse_overwrite(path, model, target, *([policy] if policy else []), data=data)
-    asked = load_config(policy, GatePolicy, "gate policy") if policy else None
-    times = asked is not None and asked.budgets.latency_ratio is not None
+    asked = for_choosing(load_config(policy, GatePolicy, "gate policy")) if policy else None
     raw = read_model_bytes(model)
     bench = open_bench(
         raw,
@@ -89,7 +90,7 @@ def compress_auto(
         judged_on=None,
         target=target,
         out=out,
-        times=times,
+        costing=None if asked is None else costing_for(asked.budgets),
         progress=progress,
     )
     run = _Run(bench=bench, policy=asked, ceiling=_decided(try_float(bench), asked), tried=[], found=[])

@@ -1,30 +1,33 @@
-"""Judgement on files: evaluate a candidate against its baseline, then decide and sign."""
+"""Judgement on files: evaluate a candidate against its baseline and a released champion, in one go or in shards.
+
+What is decided on such a report is in `decision.py`.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcore import __version__
-from qcore.errors import GateRefused, ModelError
-from qcore.steps.guard import Progress, read_evidence, refuse_overwrite, silent
+from qcore.errors import ModelError
+from qcore.steps.costs import LATENCY, STANDARD, Costing, costs_of, download_of, measured_costs, pack
+from qcore.steps.guard import Progress, refuse_overwrite, silent
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from qcore.data.dataset import Dataset
     from qcore.evaluation import Question
-    from qcore.evaluation_part import ModelFile, Part
-    from qcore.report import Direction, EvaluationReport, GateDecision, Latency
+    from qcore.evaluation_part import Costs, ModelFile, Part
+    from qcore.report import Direction, EvaluationReport
     from qcore.runtime.ort import Loaded, Predict
     from qcore.tally import Tally
 
 EVALUATION_BATCH = 8
 ANSWER_BYTES = 1 << 27
 """How much of a float model's outputs is kept while several candidates are held against it."""
-TIMING: Mapping[str, Any] = {"budget_s": 2.0}
-BRIEF: Mapping[str, Any] = {"budget_s": 0.5}
-ONE_RUN: Mapping[str, Any] = {"budget_s": 0.0, "warmup": 0, "max_runs": 1}
-"""How latency is measured: for a decision, for a curve, and where nobody asks but a report has to hold one."""
 
 
 def evaluate(
@@ -35,6 +38,8 @@ def evaluate(
     out: Path,
     split: str = "evaluation",
     metrics: Sequence[str] = (),
+    champion: Path | None = None,
+    costing: Costing = STANDARD,
     progress: Progress = silent,
 ) -> "EvaluationReport":
     """Return the report on `candidate` against `baseline` over `split`, written to `out` as JSON.
@@ -46,12 +51,16 @@ def evaluate(
         out: where the report goes.
         split: of the card.
         metrics: further ones beside those of the card, as `module:function=higher` or `=lower`.
+        champion: the model that is released now, an ONNX file or the package (`.qpkg`) that holds it; it runs over
+            the same samples in the same pass, and the report says what an update from it would download.
+        costing: how much is measured of what the models cost.
         progress: called with the number of samples done.
     """
     from qcore.evaluation_part import report_of
     from qcore.files import write_json
 
-    part = _part_on_files(candidate, baseline, data, out, (split, (1, 1), metrics, progress))
+    files = _Files(candidate=candidate, baseline=baseline, champion=champion, data=data, out=out)
+    part = _part_on_files(files, _Asked(split=split, metrics=metrics, costing=costing, progress=progress))
     report = report_of(part)
     write_json(out, report.to_json())
     return report
@@ -66,22 +75,27 @@ def evaluate_shard(
     shard: tuple[int, int],
     split: str = "evaluation",
     metrics: Sequence[str] = (),
+    champion: Path | None = None,
+    costing: Costing = STANDARD,
     progress: Progress = silent,
 ) -> "Part":
     """Return part I (from 1) of N of an evaluation, `shard` being (I, N), written to `out`; see `merge_reports`.
 
-    Shard 1 measures latency, for all. The other arguments are those of `evaluate`.
+    Shard 1 measures costs, for all. The other arguments are those of `evaluate`.
     """
     from qcore.evaluation_part import part_to_json
     from qcore.files import write_json
 
-    part = _part_on_files(candidate, baseline, data, out, (split, shard, metrics, progress))
+    files = _Files(candidate=candidate, baseline=baseline, champion=champion, data=data, out=out)
+    part = _part_on_files(files, _Asked(split=split, shard=shard, metrics=metrics, costing=costing, progress=progress))
     write_json(out, part_to_json(part))
     return part
 
 
 def merge_reports(*, parts: Sequence[Path], out: Path) -> "EvaluationReport":
-    """Return the report of all shards `parts`, in any order, written to `out`: that of one process but for latency.
+    """Return the report of all shards `parts`, in any order, written to `out`.
+
+    It is that of one process but for costs and time.
 
     Raises:
         DataError: a file is damaged, of another run or missing.
@@ -104,32 +118,73 @@ def merge_reports(*, parts: Sequence[Path], out: Path) -> "EvaluationReport":
     return report
 
 
-Asked = tuple[str, tuple[int, int], Sequence[str], Progress]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """What is asked of an evaluation beside its files."""
+
+    split: str
+    shard: tuple[int, int] = (1, 1)
+    metrics: Sequence[str]
+    costing: Costing
+    progress: Progress
 
 
-def _part_on_files(candidate: Path, baseline: Path, data: Path, out: Path, asked: Asked) -> "Part":
-    """Return the part that split, shard and further metrics ask for."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Files:
+    """What an evaluation reads, and where it writes."""
+
+    candidate: Path
+    baseline: Path
+    champion: Path | None
+    data: Path
+    out: Path
+
+
+def _part_on_files(paths: _Files, asked: _Asked) -> "Part":
+    """Return the part that was asked for."""
     from qcore.data.dataset import open_dataset
     from qcore.graph.io import read_model_bytes
-    from qcore.runtime import ort
+    from qcore.runtime import ahead, ort
     from qcore.user_metric import parsed_metric
 
-    split, shard, metrics, progress = asked
-    refuse_overwrite(out, candidate, baseline, data=data)
-    files = [read_model_bytes(p) for p in (candidate, baseline)]
-    theirs = ort.load_exact(files[1], name=str(baseline))
-    dataset = open_dataset(data, split)
-    question = question_of(dataset, dict(map(parsed_metric, metrics)))
+    inputs = [paths.candidate, paths.baseline, *([paths.champion] if paths.champion else [])]
+    refuse_overwrite(paths.out, *inputs, data=paths.data)
+    files = [read_model_bytes(p) for p in (paths.candidate, paths.baseline)]
+    released = None if paths.champion is None else (read_released(paths.champion), str(paths.champion))
+    theirs = ort.load_exact(files[1], name=str(paths.baseline), threads=ahead.threads_of_a_run())
+    dataset = open_dataset(paths.data, asked.split)
     judge = Judge(
         raw=files[1],
         dataset=dataset,
-        timing=TIMING,
+        costing=asked.costing,
         baseline=theirs,
         answers=None,
-        progress=progress,
-        question=question,
+        progress=asked.progress,
+        question=question_of(dataset, dict(map(parsed_metric, asked.metrics))),
+        champion=released,
     )
-    return _counted(judge, files[0], str(candidate), shard)
+    return _counted(judge, files[0], str(paths.candidate), asked.shard)
+
+
+def read_released(path: Path) -> bytes:
+    """Return the bytes of a released model: of an ONNX file, or of the one in a package (`.qpkg`).
+
+    Raises:
+        ModelError: the file cannot be read.
+        PackageError: the package is damaged.
+    """
+    from qcore.graph.io import read_model_bytes
+
+    if path.suffix != ".qpkg":
+        return read_model_bytes(path)
+    from tempfile import TemporaryDirectory
+
+    from qcore.release.manifest import MODEL
+    from qcore.release.package import unpack_package
+
+    with TemporaryDirectory(prefix="qcore-") as work:
+        unpack_package(path, Path(work) / "champion")
+        return read_model_bytes(Path(work) / "champion" / MODEL)
 
 
 def report_on(
@@ -139,13 +194,13 @@ def report_on(
 
     Accuracy is that of integer kernels that do not saturate (`load_exact`), latency that of the runtime as it comes.
     """
-    from qcore.runtime import ort
+    from qcore.runtime import ahead, ort
 
     judge = Judge(
         raw=baseline[0],
         dataset=dataset,
-        timing=TIMING,
-        baseline=ort.load_exact(baseline[0], name=baseline[1]),
+        costing=LATENCY,
+        baseline=ort.load_exact(baseline[0], name=baseline[1], threads=ahead.threads_of_a_run()),
         answers=None,
         progress=progress,
         question=question_of(dataset, {}),
@@ -174,34 +229,39 @@ def question_of(dataset: "Dataset", further: "Mapping[str, Direction]") -> "Ques
 class Judge:
     """What several candidates are held against: a float model on the same samples.
 
-    `timing` are options of `measure_latency`; `answers` are the outputs of `baseline` batch by batch, where they are
-    few enough to be kept.
+    `costing` says how much is measured of what models cost; `answers` are the outputs of `baseline` batch by batch,
+    where they are few enough to be kept. `champion` is a released model that runs over the samples too: its bytes, and
+    what messages call it.
     """
 
     raw: bytes
     dataset: "Dataset"
-    timing: Mapping[str, Any]
+    costing: Costing
     baseline: "Loaded"
     answers: tuple[Mapping[str, Any], ...] | None
     progress: Progress
     question: "Question"
+    champion: tuple[bytes, str] | None = None
 
 
-def judge_of(raw: bytes, dataset: "Dataset", timing: Mapping[str, Any], progress: Progress) -> Judge:
+def judge_of(raw: bytes, dataset: "Dataset", costing: Costing, progress: Progress) -> Judge:
     """Return the judge of candidates made from the float model `raw`, which runs over `dataset` once."""
-    from qcore.runtime import ort
+    from qcore.runtime import ahead, ort
 
-    loaded = ort.load_exact(raw, name="the float model")
-    predict, answers, size = ort.on_samples(loaded), [], 0
-    for _, fed, _ in _fed(dataset, loaded, progress, "running the float model"):
-        answers.append(predict(fed))
-        size += sum(v.nbytes for v in answers[-1].values())
-        if size > ANSWER_BYTES:
-            break
+    loaded = ort.load_exact(raw, name="the float model", threads=ahead.threads_of_a_run())
+    answers, size = [], 0
+    with ThreadPoolExecutor(ahead.runs_at_once()) as pool:
+        read = _fed(dataset, loaded, progress, "running the float model")
+        source, (answer,) = ahead.run_ahead(pool, [ort.on_samples(loaded)], read)
+        for _, fed, _ in source:
+            answers.append(answer(fed))
+            size += sum(v.nbytes for v in answers[-1].values())
+            if size > ANSWER_BYTES:
+                break
     return Judge(
         raw=raw,
         dataset=dataset,
-        timing=timing,
+        costing=costing,
         baseline=loaded,
         answers=tuple(answers) if size <= ANSWER_BYTES else None,
         progress=progress,
@@ -220,21 +280,71 @@ def _counted(judge: Judge, candidate: bytes, name: str, shard: tuple[int, int]) 
     """Return what `candidate` gives on a shard of the samples; cut between batches, so that no batch is torn."""
     from qcore.calibration import shard_of
     from qcore.data.dataset import part_of
-    from qcore.evaluation import count_samples
-    from qcore.runtime import ort
 
-    ours, theirs, dataset = ort.load_exact(candidate, name=name), judge.baseline, judge.dataset
-    names = [sorted(p.name for p in loaded.inputs) for loaded in (ours, theirs)]
+    began, theirs, dataset = now(), judge.baseline, judge.dataset
+    models = [_like_baseline(candidate, name, theirs)]
+    models += [] if judge.champion is None else [_like_baseline(*judge.champion, theirs)]
+    place = shard_of(dataset.n, *shard, batch=theirs.fixed_batch or EVALUATION_BATCH)
+    cut = dataset if shard[1] == 1 else part_of(dataset, place.start, place.stop)
+    if place.start != 0:
+        return _part(judge, candidate, tally_of(judge, models, cut), _Begun(at=began, start=place.start))
+    with ThreadPoolExecutor(2) as beside:
+        packages = pack(beside, (candidate, judge.raw), judge.costing)
+        update = beside.submit(download_of, judge.champion[0], candidate) if judge.champion else None
+        tally = tally_of(judge, models, cut)
+    costs = _costs(judge, candidate, packages)
+    costs = costs if update is None else replace(costs, download=update.result())
+    return _part(judge, candidate, tally, _Begun(at=began, costs=costs))
+
+
+def now() -> str:
+    """Return the time as reports hold it."""
+    from qcore.report import TIME_FORM
+
+    return datetime.now(UTC).strftime(TIME_FORM)
+
+
+def _like_baseline(raw: bytes, name: str, baseline: "Loaded") -> "Loaded":
+    """Return the model `raw`, which takes the inputs that the baseline takes."""
+    from qcore.runtime import ahead, ort
+
+    loaded = ort.load_exact(raw, name=name, threads=ahead.threads_of_a_run())
+    names = [sorted(p.name for p in model.inputs) for model in (loaded, baseline)]
     if names[0] != names[1]:
         raise ModelError(
             f"{name} has inputs {names[0]}, the baseline {names[1]}; allowed: equal names; pass the model that it was "
             "made from"
         )
-    place = shard_of(dataset.n, *shard, batch=theirs.fixed_batch or EVALUATION_BATCH)
-    cut = dataset if shard[1] == 1 else part_of(dataset, place.start, place.stop)
-    fed = _fed(cut, theirs, judge.progress, "evaluating")
-    tally = count_samples(ort.on_samples(ours), _recalled(judge), fed, judge.question)
-    return _part(judge, candidate, tally, place.start)
+    return loaded
+
+
+def tally_of(judge: Judge, models: "Sequence[Loaded]", cut: "Dataset") -> "Tally":
+    """Return what is kept of the answers to the samples `cut`, run on all cores.
+
+    Args:
+        judge: holds the baseline.
+        models: the candidate, and the champion where there is one.
+        cut: the samples.
+    """
+    from qcore.evaluation import count_samples
+    from qcore.runtime import ahead, ort
+
+    running = [*models, *([] if judge.answers is not None else [judge.baseline])]
+    fed = _fed(cut, judge.baseline, judge.progress, "evaluating")
+    with ThreadPoolExecutor(ahead.runs_at_once()) as pool:
+        source, answers = ahead.run_ahead(pool, [ort.on_samples(model) for model in running], fed)
+        baseline = answers[-1] if judge.answers is None else _recalled(judge.answers)
+        champion = answers[1] if len(models) > 1 else None
+        return count_samples(answers[0], baseline, source, judge.question, champion)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Begun:
+    """When a part began, at which sample, and what the models cost; None but in the first part."""
+
+    at: str
+    start: int = 0
+    costs: "Costs | None" = None
 
 
 def judged_itself(judge: Judge) -> "EvaluationReport":
@@ -253,18 +363,32 @@ def judged_itself(judge: Judge) -> "EvaluationReport":
         labels = None if dataset.labels is None else np.array(dataset.labels[start : start + size], np.int64)
         target = None if dataset.targets is None else dataset.targets[index]
         fed.append((index, {}, _truth(labels, target, dataset.card.task)))
-    tally = count_samples(_recalled(judge), _recalled(judge), fed, judge.question)
-    return report_of(_part(judge, judge.raw, tally, 0))
+    tally = count_samples(_recalled(judge.answers), _recalled(judge.answers), fed, judge.question)
+    begun = _Begun(at=now(), costs=_costs(judge, judge.raw, _packed(judge)))
+    return report_of(_part(judge, judge.raw, tally, begun))
 
 
-def _part(judge: Judge, candidate: bytes, tally: "Tally", start: int) -> "Part":
+def _packed(judge: Judge) -> "list[Future[int]]":
+    """Return the sizes of the float model in a package, as candidate and as baseline."""
+    with ThreadPoolExecutor(1) as pool:
+        return pack(pool, (judge.raw, judge.raw), judge.costing)
+
+
+def _costs(judge: Judge, candidate: bytes, packages: "Sequence[Future[int]]") -> "Costs":
+    """Return what `candidate` and the baseline cost; nothing else should run meanwhile."""
+    from qcore.machine import machine_description
+
+    sizes, machine = [f.result() for f in packages], machine_description()
+    measured = measured_costs([candidate, judge.raw], judge.dataset, judge.costing, judge.progress)
+    return costs_of(measured, sizes, machine)
+
+
+def _part(judge: Judge, candidate: bytes, tally: "Tally", begun: _Begun) -> "Part":
     from qcore.evaluation_part import Part
     from qcore.report import MeasuredData
     from qcore.runtime import ort
 
-    dataset, latencies = judge.dataset, None
-    if start == 0:
-        latencies = _latencies([candidate, judge.raw], dataset, judge.timing, judge.progress)
+    dataset = judge.dataset
     chosen = set(dataset.indices)
     slices = {k: tuple(i for i in places if i in chosen) for k, places in dataset.slices.items()}
     return Part(
@@ -282,89 +406,19 @@ def _part(judge: Judge, candidate: bytes, tally: "Tally", start: int) -> "Part":
         batch=judge.baseline.fixed_batch or EVALUATION_BATCH,
         runtime=ort.runtime_identity(),
         qcore_version=__version__,
-        start=start,
-        stop=start + tally.n,
-        latencies=None if latencies is None else (latencies[0], latencies[1]),
+        measured_at=begun.at,
+        champion=None if judge.champion is None else _file(judge.champion[0]),
+        start=begun.start,
+        stop=begun.start + tally.n,
+        costs=begun.costs,
         tally=tally,
     )
 
 
-def _recalled(judge: Judge) -> "Predict":
-    """Return the baseline as a function; what it was seen to answer is given again, in the order of the batches."""
-    from qcore.runtime import ort
-
-    if judge.answers is None:
-        return ort.on_samples(judge.baseline)
-    answers = iter(judge.answers)
-    return lambda fed: dict(next(answers))
-
-
-def gate(
-    *,
-    report: Path,
-    out: Path,
-    key: Path,
-    policy: Path | None = None,
-    package: Path | None = None,
-    waivers: Sequence[Path] = (),
-    now: datetime | None = None,
-) -> "GateDecision":
-    """Return the decision on `report`; `out` holds it signed with the private key file `key`.
-
-    Args:
-        report: evaluation report.
-        out: where the evidence goes.
-        key: private key file of the gate.
-        policy: gate policy; None: the default one.
-        package: what shall be published; without it the decision is a local one, which `publish` refuses.
-        waivers: files of `waive`, made for exactly this decision.
-        now: aware; the decision is of that time, and waivers must hold then. None: the time of the call.
-
-    Raises:
-        GateRefused: the report is missing or contradicts itself, the policy asks for what was not measured, the
-            package does not fit the report, or a waiver cannot be used.
-        PackageError: the package is damaged.
-        ConfigError: the policy is wrong.
-        ReleaseError: the key cannot be used.
-    """
-    from qcore.config import load_config
-    from qcore.files import write_atomic
-    from qcore.gate import GatePolicy, decide, default_policy
-    from qcore.release.evidence import sign_decision
-    from qcore.release.keys import load_signer
-    from qcore.release.subject import package_of
-    from qcore.release.waivers import overridden
-    from qcore.waiver import format_time
-
-    refuse_overwrite(out, report, key, *filter(None, (policy, package)), *waivers)
-    loaded = load_report(report)
-    chosen = load_config(policy, GatePolicy, "gate policy") if policy else default_policy(loaded)
-    decision = decide(loaded, chosen)
-    if package is not None:
-        decision = replace(decision, package=package_of(package, loaded))
-    signed = [read_evidence(path, "waiver", "qcore gate waive") for path in waivers]
-    at = now or datetime.now(UTC)
-    decision = replace(overridden(decision, signed, at), decided=format_time(at))
-    write_atomic(out, sign_decision(decision, load_signer(key)))
-    return decision
-
-
-def load_report(path: Path) -> "EvaluationReport":
-    """Return the evaluation report in the JSON file `path`.
-
-    Raises:
-        GateRefused: the file is missing or is not a report.
-    """
-    import json
-
-    from qcore.report_file import report_from_json
-
-    try:
-        return report_from_json(json.loads(path.read_bytes()))
-    except FileNotFoundError as e:
-        raise GateRefused(f"evaluation report {path} does not exist; run `qcore evaluate`") from e
-    except (OSError, ValueError, RecursionError) as e:
-        raise GateRefused(f"{path} is not an evaluation report ({e}); run `qcore evaluate`") from e
+def _recalled(answers: Sequence[Mapping[str, Any]]) -> "Predict":
+    """Return what gives `answers` in the order of the batches, whatever it is fed with."""
+    given = iter(answers)
+    return lambda fed: dict(next(given))
 
 
 def _fed(dataset: "Dataset", model: "Loaded", progress: Progress, what: str) -> Iterator[tuple[Any, Any, Any]]:
@@ -386,20 +440,6 @@ def _truth(labels: Any, target: Any, task: str) -> Any:
     if target is None:
         return labels
     return target[:, 0].astype(np.int64) if task == "anomaly" else target
-
-
-def _latencies(
-    files: list[bytes], dataset: "Dataset", timing: Mapping[str, Any], progress: Progress
-) -> "list[Latency]":
-    from qcore.data.dataset import batches
-    from qcore.runtime import ort
-
-    progress("measuring latency", 0, 1)
-    models = [ort.load(raw, threads=1) for raw in files]
-    sample = next(batches(dataset, models[0].fixed_batch or 1))
-    result = ort.measure_latency(models, ort.samples(models[1], sample), **timing)
-    progress("measuring latency", 1, 1)
-    return result
 
 
 def _file(raw: bytes) -> "ModelFile":

@@ -9,7 +9,7 @@ from qcore.errors import ConfigError
 from qcore.steps.guard import Progress, refuse_overwrite, silent
 
 if TYPE_CHECKING:
-    from qcore.parity import ParityReport
+    from qcore.parity_report import ParityReport
 
 PARITY_SAMPLES = 64
 PARITY_BATCH = 1
@@ -44,7 +44,8 @@ def parity(
     from qcore.data.dataset import batches, open_dataset, some_samples
     from qcore.files import write_json
     from qcore.graph.io import parse_model, read_model_bytes
-    from qcore.parity import ParityOf, ParityReport, measure_parity
+    from qcore.parity import measure_parity
+    from qcore.parity_report import ParityOf, ParityReport
     from qcore.runtime import ort
     from qcore.target import TARGET_KEY
 
@@ -53,7 +54,8 @@ def parity(
     refuse_overwrite(out, model, data=data)
     raw = read_model_bytes(model)
     target = parse_model(raw, str(model)).metadata_props.get(TARGET_KEY)
-    chosen = some_samples(open_dataset(data, split), samples)
+    whole = open_dataset(data, split)
+    chosen = some_samples(whole, samples)
     ports = ort.load_as_written(raw, name=str(model))
 
     def fed(condition: str) -> Iterator[tuple[Any, Any, Any]]:
@@ -63,7 +65,8 @@ def parity(
             done += len(batch.index)
             progress(condition, done, chosen.n)
 
-    top1, conditions = measure_parity(raw, str(model), fed)
+    named = chosen.card.task in ("classification", "none")
+    top1, conditions = measure_parity(raw, str(model), fed, named=named)
     report = ParityReport(
         measured=ParityOf(
             model=model.name,
@@ -72,6 +75,7 @@ def parity(
             data=chosen.card.name,
             split=split,
             data_sha256=chosen.sha256,
+            split_sha256=whole.sha256,
             n=chosen.n,
             runtime=ort.runtime_identity(),
             qcore_version=__version__,

@@ -62,13 +62,22 @@ def publish(
     *,
     package: Path,
     evidence: Path,
-    repository: Path,
+    repository: str | Path,
     keys: Path,
     channel: str = "stable",
     provenance: Path | None = None,
     cosigned: Path | None = None,
 ) -> "Release":
-    """Return the release of `package`, signed into the repository folder `repository` with the key ring `keys`.
+    """Return the release of `package`, signed into the repository with the key ring `keys`.
+
+    Args:
+        package: the .qpkg file.
+        evidence: the gate's signed decision.
+        repository: a folder, or `s3://bucket/prefix` as text.
+        keys: folder of the keys; the gate's is among them unless `cosigned` is given.
+        channel: the channel that shall point at the release.
+        provenance: signed provenance of the package, published beside the evidence.
+        cosigned: the models role that `cosign` signed.
 
     Args:
         package: the .qpkg file.
@@ -88,9 +97,9 @@ def publish(
     from datetime import UTC, datetime
 
     from qcore.release.keys import load_keys
+    from qcore.release.location import open_store
     from qcore.release.proposal import Submission
     from qcore.release.repository import publish_release
-    from qcore.release.store import DirectoryStore
 
     submission = Submission(
         package=package,
@@ -99,7 +108,7 @@ def publish(
         provenance=None if provenance is None else read_evidence(provenance, "provenance", "qcore provenance"),
         cosigned=None if cosigned is None else read_evidence(cosigned, "co-signed role", "qcore repo cosign"),
     )
-    return publish_release(DirectoryStore(folder=repository), submission, load_keys(keys), now=datetime.now(UTC))
+    return publish_release(open_store(repository), submission, load_keys(keys), now=datetime.now(UTC))
 
 
 def provenance(

@@ -22,10 +22,10 @@ DRAFTED = "draft"
 
 
 def open_repository(repository: str | Path) -> "ObjectStore":
-    """Return the store of the repository in the folder `repository`."""
-    from qcore.release.store import DirectoryStore
+    """Return the store of the repository at `repository`: a folder, or `s3://bucket/prefix` as text."""
+    from qcore.release.location import open_store
 
-    return DirectoryStore(folder=Path(repository))
+    return open_store(repository)
 
 
 def approve(
@@ -63,7 +63,7 @@ def approve(
     """
     from qcore.config import load_config
     from qcore.data.dataset import open_dataset
-    from qcore.gate import GatePolicy
+    from qcore.policy import GatePolicy
     from qcore.release.approval import Approval, Grant
     from qcore.release.ceremony import targets_draft
     from qcore.release.evidence import claimed_decision

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from qcore.canonical import Digest, Json, sha256_bytes, sha256_json
 from qcore.errors import ConfigError
 from qcore.steps.compression import gathered, refuse_unusable
+from qcore.steps.costs import BRIEF, ONE_RUN, Costing
 from qcore.steps.guard import Progress, open_calibration
-from qcore.steps.judgement import BRIEF, ONE_RUN, TIMING, Judge, judge_of, judged, judged_itself
+from qcore.steps.judgement import Judge, judge_of, judged, judged_itself
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -86,7 +87,7 @@ def open_bench(
     judged_on: str | None,
     target: str,
     out: Path,
-    times: bool = False,
+    costing: Costing | None = None,
     progress: Progress,
 ) -> Bench:
     """Return the bench for the float model `raw`, which messages call `name`.
@@ -99,7 +100,7 @@ def open_bench(
         judged_on: the split that results are judged on; None: `validation`, or `evaluation` where there is none.
         target: profile name or file.
         out: where the search writes its result.
-        times: somebody asks for latency; else it is measured briefly where the target is this machine.
+        costing: what somebody asks for; else latency is measured briefly where the target is this machine.
         progress: told how far it is.
     """
     from functools import cache, partial
@@ -115,9 +116,9 @@ def open_bench(
     model, profile, dataset = parse_model(raw, name), load_target(target), open_calibration(data, split)
     refuse_non_finite_weights(model)  # before the float model is judged: its outputs would say less
     judging = open_dataset(data, judged_on or _judging(dataset))
-    timed = times or is_host(profile)
-    timing = TIMING if times else BRIEF if timed else ONE_RUN
-    known = [sha256_bytes(raw), dataset.sha256, judging.sha256, profile.sha256, dict(timing)]
+    timed = costing is not None or is_host(profile)
+    chosen = costing or (BRIEF if timed else ONE_RUN)
+    known = [sha256_bytes(raw), dataset.sha256, judging.sha256, profile.sha256, asdict(chosen)]
     return Bench(
         raw=raw,
         model=model,
@@ -126,7 +127,7 @@ def open_bench(
         judged=judging,
         timed=timed,
         evidence=cache(partial(gathered, model, dataset, True, progress)),
-        judge=cache(partial(judge_of, raw, judging, timing, progress)),
+        judge=cache(partial(judge_of, raw, judging, chosen, progress)),
         shared=Shared(told=lambda method, done, total: progress(f"step {method}", done, total)),
         out=out,
         key=sha256_json(["recipes", *known, source_sha256(), runtime_version()]),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,10 +13,13 @@ from qcore.steps.guard import read_evidence
 if TYPE_CHECKING:
     from securesystemslib.signer import Key
 
-    from qcore.gate import GatePolicy
+    from qcore.parity_report import ParityReport
+    from qcore.policy import GatePolicy
     from qcore.report import EvaluationReport, GateDecision
+    from qcore.waiver import Waiver
 
-State = Literal["fits", "does not fit", "not checked"]
+AGAIN = "decided again"
+State = Literal["fits", "does not fit", "expired", "not checked"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +61,7 @@ class Verification:
             "outcome": None if d is None else d.outcome,
             "lapsed": self.lapsed,
             "findings": [asdict(f) for f in self.findings],
-            "who_may_override": None if d is None else d.override.sentence(),
+            "who_may_override": None if d is None else d.who_may_override(),
             "waivers": [] if d is None else [s.waiver.to_json() for s in d.waivers],
             "decision": None if d is None else d.to_json(),
         }
@@ -75,6 +78,7 @@ def verify_gate(
     split: str = "evaluation",
     policy: Path | None = None,
     report: Path | None = None,
+    parity: Path | None = None,
     now: datetime | None = None,
 ) -> Verification:
     """Return what holds of `evidence`; every file that is given is held against it, and nothing is written.
@@ -90,14 +94,13 @@ def verify_gate(
         split: of the card.
         policy: gate policy.
         report: evaluation report; with it the decision is derived again, by `policy` or the default one.
+        parity: parity report that was judged with it.
         now: aware, for waivers; None: the time of the call.
 
     Raises:
         GateRefused: the evidence cannot be read.
         ReleaseError: the key cannot be used.
     """
-    from datetime import UTC
-
     from qcore.release.evidence import verify_evidence
 
     content = read_evidence(evidence)
@@ -105,20 +108,22 @@ def verify_gate(
     try:
         decision = verify_evidence(content, keys)
     except GateRefused as e:
-        refused = Finding(what="signature", state="does not fit", detail=str(e))
+        refused = Finding(what="evidence", state="does not fit", detail=str(e))
         return Verification(findings=(refused,), decision=None, lapsed=None)
     by = ", ".join(k.keyid[:12] for k in keys)
     findings = [
         Finding(what="signature", state="fits", detail=f"every byte vouched for by the gate (key {by})"),
-        Finding(what="decision", state="fits", detail=f"{decision.outcome}, as its {len(decision.checks)} checks say"),
+        Finding(what="decision", state="fits", detail=f"{decision.outcome}, as its {_basis(decision)} say"),
         _asked("package", package, lambda p: _package(p, decision)),
         _asked("model", model, lambda p: _digest(_file_digest(p), decision.model_sha256)),
         _asked("data", data, lambda p: _digest(_data_digest(p, split), decision.data_sha256)),
         _asked("policy", policy, lambda p: _policy(p, decision)),
-        _asked("report", report, lambda p: _report(p, policy, decision)),
+        _asked("parity", parity, lambda p: _parity(p, decision)),
+        _asked("report", report, lambda p: _report(p, decision)),
+        _again(report, (policy, parity), decision),
     ]
-    lapsed = _lapsed(decision, now or datetime.now(UTC))
-    findings += [Finding(what="waiver", state="fits", detail=s.waiver.sentence()) for s in decision.waivers]
+    findings += [_waiver(signed.waiver, now or datetime.now(UTC)) for signed in decision.waivers]
+    lapsed = next((f.detail for f in findings if f.state == "expired"), None)
     return Verification(findings=tuple(findings), decision=decision, lapsed=lapsed)
 
 
@@ -173,48 +178,107 @@ def _policy(path: Path, decision: "GateDecision") -> str:
     return said
 
 
-def _report(path: Path, policy: Path | None, decision: "GateDecision") -> str:
-    from qcore.gate import default_policy
-    from qcore.steps.judgement import load_report
+def _parity(path: Path, decision: "GateDecision") -> str:
+    from qcore.steps.matching import load_parity
 
-    found = load_report(path)
-    _digest(found.sha256, decision.report_sha256)
+    found = load_parity(path).sha256
+    if decision.parity_sha256 is None:
+        raise GateRefused("the evidence was decided without a parity report; leave --parity out")
+    return _digest(found, decision.parity_sha256)
+
+
+def _report(path: Path, decision: "GateDecision") -> str:
+    from qcore.steps.decision import load_report
+
+    return _digest(load_report(path).sha256, decision.report_sha256)
+
+
+def _again(report: Path | None, given: tuple[Path | None, Path | None], decision: "GateDecision") -> Finding:
+    """Return the finding about deciding once more, from the report, the policy and the parity report that are given.
+
+    Without a policy the default one is taken, if the decision was taken by that.
+    """
+    policy, parity = given
+    if report is None or (decision.parity_sha256 is not None and parity is None):
+        missing = "report" if report is None else "parity"
+        return Finding(what=AGAIN, state="not checked", detail=f"no --{missing} given")
+    if policy is None and not _by_default(report, decision):
+        return Finding(what=AGAIN, state="not checked", detail="no --policy given, and it was not the default one")
+    return _asked(AGAIN, report, lambda p: _same_again(p, (policy, parity), decision))
+
+
+def _by_default(report: Path, decision: "GateDecision") -> bool:
+    from qcore.gate import default_policy
+    from qcore.steps.decision import load_report
+
+    try:
+        return default_policy(load_report(report)).sha256 == decision.policy_sha256
+    except GateRefused:
+        return True  # the report does not fit, which is said where it is asked
+
+
+def _same_again(report: Path, given: tuple[Path | None, Path | None], decision: "GateDecision") -> str:
+    from qcore.gate import default_policy
+    from qcore.steps.decision import load_report
+    from qcore.steps.matching import load_parity
+
+    policy, parity = given
+    found = load_report(report)
     chosen = _load_policy(policy) if policy else default_policy(found)
-    if policy is None and chosen.sha256 != decision.policy_sha256:
-        return f"sha256 {decision.report_sha256[:12]}; not decided again: pass --policy too"
-    again = _decided_again(found, chosen, decision)
+    again = _decided_again((found, None if parity is None else load_parity(parity)), chosen, decision)
     if again != decision:
         raise GateRefused(f"decided again it is {again.outcome} by other checks or values than the evidence says")
-    return f"sha256 {decision.report_sha256[:12]}; decided again by the policy: the same checks, {again.outcome}"
+    return f"the same checks, {again.outcome}"
 
 
-def _decided_again(report: "EvaluationReport", policy: "GatePolicy", decision: "GateDecision") -> "GateDecision":
+def _decided_again(
+    measured: "tuple[EvaluationReport, ParityReport | None]", policy: "GatePolicy", decision: "GateDecision"
+) -> "GateDecision":
     """Return the decision derived anew, with the package and the waivers (verified before) of the one that is held."""
     from qcore.gate import decide
     from qcore.report import outcome_of
 
-    fresh = replace(decide(report, policy), package=decision.package, decided=decision.decided)
+    report, parity = measured
+    fresh = replace(
+        decide(report, policy, parity, _decided_at(report, decision)),
+        package=decision.package,
+        decided=decision.decided,
+    )
     if fresh.binding != decision.binding or not decision.waivers:
         return fresh
     return replace(fresh, outcome=outcome_of(fresh.checks, decision.waived.keys()), waivers=decision.waivers)
 
 
+def _decided_at(report: "EvaluationReport", decision: "GateDecision") -> datetime | None:
+    """Return when the decision was taken, as its age of the report says; None where the policy asks no age."""
+    from qcore.report import TIME_FORM
+
+    ages = [c.observed for c in decision.checks if c.name == "age_days"]
+    measured = datetime.strptime(report.measured_at, TIME_FORM).replace(tzinfo=UTC)
+    return measured + timedelta(seconds=round(ages[0] * 86400)) if ages else None
+
+
 def _load_policy(path: Path) -> "GatePolicy":
     from qcore.config import load_config
-    from qcore.gate import GatePolicy
+    from qcore.policy import GatePolicy
 
     return load_config(path, GatePolicy, "gate policy")
 
 
-def _lapsed(decision: "GateDecision", now: datetime) -> str | None:
-    """Return why waivers no longer carry the decision, None if they do."""
-    from qcore.release.waivers import refuse_expired
+def _basis(decision: "GateDecision") -> str:
+    checks, waivers = len(decision.checks), len(decision.waivers)
+    return f"{checks} checks" + (f" and {waivers} waivers" if waivers else "")
+
+
+def _waiver(waiver: "Waiver", now: datetime) -> Finding:
+    """Return the finding about one waiver, whose signature was verified with the evidence: does it hold at `now`?"""
+    from qcore.waiver import refuse_out_of_time
 
     try:
-        refuse_expired(decision, now)
+        refuse_out_of_time(waiver, now)
     except GateRefused as e:
-        return str(e)
-    return None
+        return Finding(what="waiver", state="expired", detail=f"{waiver.sentence()}; {e}")
+    return Finding(what="waiver", state="fits", detail=waiver.sentence())
 
 
 def _gate_keys(path: Path, root: Path | None, evidence: bytes) -> "Sequence[Key]":

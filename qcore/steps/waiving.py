@@ -1,7 +1,7 @@
 """Waivers on files: a key for whoever may override, and a signed waiver of failed checks."""
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +41,6 @@ def waive(
         GateRefused: the policy does not let this owner waive these checks for so long, or a check needs no waiver.
         ReleaseError: the key cannot be used.
     """
-    from datetime import UTC
-
     from qcore.errors import GateRefused
     from qcore.files import write_atomic
     from qcore.release.evidence import claimed_decision

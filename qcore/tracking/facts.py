@@ -4,10 +4,14 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qcore.canonical import Digest, Json
 from qcore.errors import ModelError
 from qcore.files import sha256_file
+
+if TYPE_CHECKING:
+    from qcore.parity_report import ParityReport
 
 
 def file_facts(path: Path, form: str) -> dict[str, str | int]:
@@ -32,6 +36,16 @@ def expect_model(path: Path, sha256: Digest) -> None:
         )
 
 
+def expect_champion(path: str, sha256: Digest) -> Path | None:
+    """Return the file of a released model that was named, None if none was; raises as `expect_model`."""
+    if not path:
+        return None
+    if not Path(path).is_file():
+        raise ModelError(f"champion {path} does not exist; check the path, or leave it empty for a first release")
+    expect_model(Path(path), sha256)
+    return Path(path)
+
+
 @contextlib.contextmanager
 def text_file(text: str, name: str) -> Iterator[Path | None]:
     """Yield a file called `name` that holds `text`, for as long as the block runs; None for an empty text."""
@@ -42,6 +56,13 @@ def text_file(text: str, name: str) -> Iterator[Path | None]:
         path = Path(folder) / name
         path.write_text(text, encoding="utf-8")
         yield path
+
+
+def worst_parity(report: "ParityReport") -> dict[str, float]:
+    """Return the numbers of the worst condition: the least SQNR and, where outputs name classes, least agreement."""
+    shares = [c.agreement for c in report.conditions if c.agreement is not None]
+    noise = {"parity_sqnr_db": min(c.sqnr_db for c in report.conditions)}
+    return {**noise, "parity_agreement": min(shares)} if shares else noise
 
 
 def training_facts(summary: Json) -> dict[str, float]:

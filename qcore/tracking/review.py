@@ -9,13 +9,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qcore.report import Check, EvaluationReport, GateDecision
+from qcore.report import EvaluationReport, GateDecision
 
 VERDICT = {
     "pass": "PASS: the candidate may be released.",
     "fail": "FAIL: the candidate must not be released.",
     "inconclusive": "INCONCLUSIVE: the evidence is too thin to release the candidate.",
 }
+WAIVED = "PASS BY WAIVER: the candidate may be released although a check did not pass."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +40,12 @@ class Review:
 
 def review(report: EvaluationReport, decision: GateDecision) -> Review:
     """Return the review of a decision and the measurements it rests on."""
+    verdict = WAIVED if decision.waivers and decision.outcome == "pass" else VERDICT[decision.outcome]
     return Review(
         outcome=decision.outcome,
-        verdict=VERDICT[decision.outcome],
+        verdict=verdict,
         why=_why(decision),
-        tables=(_checks(decision.checks), _models(report), _digests(report, decision)),
+        tables=(_checks(decision), _models(report), _digests(report, decision)),
     )
 
 
@@ -96,8 +98,13 @@ STYLE = (
 
 
 def _why(decision: GateDecision) -> str:
+    """Return why the outcome is what it is, and who overrode it or may."""
     basis = f"{decision.n} paired samples, {decision.confidence:.0%} confidence"
-    if decision.outcome == "pass":
+    return f"{_reasons(decision, basis)} {decision.who_may_override()}"
+
+
+def _reasons(decision: GateDecision, basis: str) -> str:
+    if decision.outcome == "pass" and not decision.waivers:
         return f"{'The check holds' if len(decision.checks) == 1 else 'All checks hold'} ({basis})."
     open_checks = [c for c in decision.checks if c.outcome != "pass"]
     reasons = "; ".join(f"{c.name}: {c.reason}" for c in open_checks) or "the policy has no checks"
@@ -106,8 +113,16 @@ def _why(decision: GateDecision) -> str:
     return f"{reasons} ({basis}).{ask}"
 
 
-def _checks(checks: Sequence[Check]) -> Table:
-    rows = tuple((c.name, _number(c.observed), _number(c.bound), _number(c.limit), c.outcome, c.reason) for c in checks)
+def _checks(decision: GateDecision) -> Table:
+    rows = tuple(
+        (
+            c.name,
+            *map(_number, (c.observed, c.bound, c.limit)),
+            f"{c.outcome}, waived by {decision.waived[c.name].owner.name}" if c.name in decision.waived else c.outcome,
+            c.reason,
+        )
+        for c in decision.checks
+    )
     return Table(title="Checks", header=("check", "observed", "bound", "limit", "outcome", "reason"), rows=rows)
 
 
@@ -128,7 +143,9 @@ def _models(report: EvaluationReport) -> Table:
 
 
 def _digests(report: EvaluationReport, decision: GateDecision) -> Table:
+    package = [] if decision.package is None else [("package", decision.package.sha256)]
     rows = (
+        *package,
         ("candidate", decision.model_sha256),
         ("baseline", decision.baseline_sha256),
         ("data", decision.data_sha256),

@@ -45,7 +45,9 @@ def track_decision(tracker: Tracker, decision: GateDecision, files: VerdictFiles
         "baseline.sha256": decision.baseline_sha256,
         "data.sha256": decision.data_sha256,
     }
-    tracker.tags(tags, on="parent")
+    if decision.package is not None:
+        tags["qcore.gated_package.sha256"] = decision.package.sha256
+    tracker.tags({**tags, "qcore.override": decision.who_may_override()}, on="parent")
     tracker.tags({"qcore.gate": decision.outcome})
     for path, name in (
         (files.report, "report.json"),

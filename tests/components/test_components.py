@@ -14,9 +14,21 @@ import pytest
 from kfp import dsl
 
 from qcore import components, demo
-from qcore.components import calibrate, cosign, evaluate, gate, package, prune, publish, quantize, refresh_repository
+from qcore.components import (
+    calibrate,
+    cosign,
+    evaluate,
+    gate,
+    package,
+    parity,
+    prune,
+    publish,
+    quantize,
+    refresh_repository,
+)
 from qcore.components.images import IMAGE
 from qcore.demo.make_data import write_digits
+from qcore.derived import cost_metrics
 from qcore.errors import GateRefused, ModelError
 from qcore.files import sha256_file
 from qcore.release.evidence import verify_evidence
@@ -24,6 +36,7 @@ from qcore.release.keys import create_keys, load_keys
 from qcore.release.repository import init_repository
 from qcore.release.store import DirectoryStore
 from qcore.report_file import report_from_json
+from qcore.steps import make_owner_key, waive
 from qcore.tracking.journal import End, Line, Metrics, Params, Start, Tags, journals, read_journal
 
 COMPONENTS = (
@@ -154,7 +167,8 @@ def test_metrics_are_the_reports_numbers(world: World) -> None:
     report = report_from_json(json.loads(world.path("report").read_bytes()))
     metrics = world.artifacts["metrics"].metadata
     assert all(isinstance(v, float) and math.isfinite(v) for v in metrics.values())
-    assert metrics == {**report.metrics, "latency_p50_ms": report.model.latency_ms.p50, "n": report.n}
+    assert metrics == {**report.metrics, **cost_metrics(report), "n": report.n}
+    assert {"latency_ratio_high", "latency_all_cores_p50_ms", "cold_start_p50_ms", "package_bytes"} <= set(metrics)
 
 
 def test_the_gate_returns_the_outcome_that_it_signed(world: World) -> None:
@@ -209,6 +223,36 @@ def test_another_model_than_the_one_named_is_refused(world: World, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_champion_and_parity_reach_the_gate(world: World, tmp_path: Path) -> None:
+    def out(name: str, kind: type[dsl.Artifact] = dsl.Artifact) -> dsl.Artifact:
+        return kind(name=name, uri=str(tmp_path / name))
+
+    candidate, data = world.artifacts["quantized"], world.artifacts["data"]
+    measured, elsewhere = out("report"), out("parity")
+    named = {"candidate": candidate, "baseline": world.artifacts["model"], "data": data}
+    metrics = out("metrics", dsl.Metrics)
+    evaluate.python_func(**named, report=measured, metrics=metrics, champion=str(MODEL))
+    assert metrics.metadata["champion_top1"] == metrics.metadata["baseline_top1"]
+    parity.python_func(model=candidate, data=data, report=elsewhere, metrics=out("m", dsl.Metrics), samples=8)
+    assert elsewhere.metadata["format"] == "qcore-parity"
+    policy = "top1: {max_drop: 0.05, max_drop_champion: 0.05}\nparity: {sqnr_db: 0}\n"
+    pages = {"decision_markdown": out("md", dsl.Markdown), "decision_html": out("html", dsl.HTML)}
+    fixed = {
+        "evidence": out("e"),
+        "package": world.artifacts["package"],
+        **pages,
+        "key": str(world.folder / "keys" / "gate.pem"),
+        "policy": policy,
+    }
+    assert gate.python_func(report=measured, parity=elsewhere, **fixed) == "pass"
+    assert gate.python_func(report=measured, **fixed) == "fail"
+    assert gate.python_func(report=world.artifacts["report"], parity=elsewhere, **fixed) == "fail"
+    with pytest.raises(ModelError, match=r"champion .* does not exist"):
+        evaluate.python_func(**named, report=out("r"), metrics=metrics, champion=str(tmp_path / "none.onnx"))
+    with pytest.raises(ModelError, match="expected 000"):
+        evaluate.python_func(**named, report=out("r"), metrics=metrics, champion=str(MODEL), champion_sha256="0" * 64)
+
+
 def test_a_failed_gate_cannot_be_published(world: World, tmp_path: Path) -> None:
     evidence = dsl.Artifact(name="evidence", uri=str(tmp_path / "evidence"))
     outcome = gate.python_func(
@@ -235,6 +279,30 @@ def test_a_failed_gate_cannot_be_published(world: World, tmp_path: Path) -> None
 def test_a_repository_is_refreshed_when_something_is_due(world: World) -> None:
     place = {"repository": str(world.folder / "repository"), "keys": str(world.folder / "keys")}
     assert refresh_repository.python_func(**place) == ""
+
+
+def test_a_waiver_reaches_the_gate_as_text(world: World, tmp_path: Path) -> None:
+    key = make_owner_key(out=tmp_path / "ada.pem")
+    owners = f"waivers: {{owners: [{{name: Ada, key: {key}}}], checks: [size_ratio], max_days: 3}}\n"
+
+    def decide(name: str, waiver: str) -> str:
+        outcome: str = gate.python_func(
+            report=world.artifacts["report"],
+            package=world.artifacts["package"],
+            evidence=dsl.Artifact(name="evidence", uri=str(tmp_path / name)),
+            decision_markdown=dsl.Markdown(name="m", uri=str(tmp_path / "m")),
+            decision_html=dsl.HTML(name="h", uri=str(tmp_path / "h")),
+            key=str(world.folder / "keys" / "gate.pem"),
+            policy=f"{POLICY}budgets: {{size_ratio: 0.01}}\n{owners}",
+            waiver=waiver,
+        )
+        return outcome
+
+    assert decide("failed", "") == "fail"
+    signed = {"evidence": tmp_path / "failed", "key": tmp_path / "ada.pem", "out": tmp_path / "w"}
+    waive(**signed, checks=["size_ratio"], owner="Ada", reason="launch", days=3)
+    assert decide("waived", (tmp_path / "w").read_text()) == "pass"
+    assert (tmp_path / "m").read_text().startswith("**PASS BY WAIVER")
 
 
 @pytest.mark.parametrize("component", ALL, ids=lambda c: c.name)

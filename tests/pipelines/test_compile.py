@@ -81,8 +81,10 @@ def test_keys_are_volumes_of_the_tasks_that_sign_and_of_no_other(compiled: Path)
         "exec-cosign": ["qcore-cosign-key"],
         "exec-publish": ["qcore-publisher-keys"],
     }
-    in_env = {k["envVar"] for e in executors.values() for s in e.get("secretAsEnv", []) for k in s["keyToEnv"]}
-    assert all(name.startswith("MLFLOW_") for name in in_env)
+    for name, e in executors.items():
+        in_env = {k["envVar"].partition("_")[0] for s in e.get("secretAsEnv", []) for k in s["keyToEnv"]}
+        assert in_env <= ({"MLFLOW", "AWS"} if name == "exec-publish" else {"MLFLOW"}), name
+        assert all(s["optional"] for s in e.get("secretAsEnv", []))
 
 
 def test_every_task_knows_its_run(compiled: Path) -> None:

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,14 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from s3_server import BUCKET, Server
 
 from qcore import demo
 from qcore.demo.make_data import write_digits
-from qcore.errors import ConfigError, DataError, ModelError, QcoreError
+from qcore.errors import ConfigError, DataError, ModelError, QcoreError, ReleaseError
 from qcore.files import sha256_file
 from qcore.pipelines.local import TASKS, ReleaseArguments, ReleaseRun, run_release
 from qcore.pipelines.watch import Row
 from qcore.release.keys import create_keys
+from qcore.release.location import open_store
 from qcore.release.repository import init_repository
 from qcore.release.store import DirectoryStore
 from qcore.tracking.journal import End, Start, read_journal
@@ -50,6 +53,14 @@ class Both:
     database: str
 
 
+POLICY = """\
+name: 'it''s python3'
+top1: {max_drop: 0.05, max_drop_champion: 0.05}
+parity: {agreement: 0.5, sqnr_db: 0}
+max_age_days: 1
+"""
+
+
 def release(arguments: ReleaseArguments, workspace: Path, uri: str | None) -> Finished:
     seen: list[Row] = []
     started = time.monotonic()
@@ -63,7 +74,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> ReleaseArguments:
     folder = tmp_path_factory.mktemp("my python3 project")
     keys = create_keys(folder / "keys", ["stable"])
     init_repository(DirectoryStore(folder=folder / "repository"), keys, ["stable"], now=datetime.now(UTC))
-    (folder / "policy.yaml").write_text("name: 'it''s python3'\ntop1: {max_drop: 0.05}\n")
+    (folder / "policy.yaml").write_text(POLICY)
     return ReleaseArguments(
         model=MODEL,
         data=write_digits(folder / "data"),
@@ -72,6 +83,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> ReleaseArguments:
         repository=folder / "repository",
         keys=folder / "keys",
         policy=folder / "policy.yaml",
+        champion=MODEL,
     )
 
 
@@ -106,6 +118,24 @@ def test_a_pass_is_published(both: Both, arguments: ReleaseArguments) -> None:
     assert (arguments.repository / "metadata" / "timestamp.json").exists()
     assert [(r.name, r.state) for r in run.tasks] == [(name, "done") for name in TASKS]
     assert run.output("gate", "decision_markdown").read_text().startswith("**PASS")
+    judged = {c.name for c in run.decision.checks}
+    assert judged >= {"top1_drop", "top1_champion_drop", "parity_agreement", "parity_sqnr_db", "age_days"}
+    assert run.decision.champion_sha256 == run.decision.baseline_sha256 == sha256_file(MODEL)
+
+
+@pytest.mark.slow
+def test_the_same_pipeline_publishes_to_s3(arguments: ReleaseArguments, s3_environment: Server, tmp_path: Path) -> None:
+    location = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    keys = create_keys(tmp_path / "keys", ["stable"])
+    init_repository(open_store(location), keys, ["stable"], now=datetime.now(UTC))
+    run = release(replace(arguments, repository=location, keys=tmp_path / "keys"), tmp_path / "runs", None).run
+    assert run.release is not None
+    assert run.package is not None
+    found = open_store(location).get(f"targets/models/digits/{run.release['sha256']}.1.0.0.qpkg")
+    assert found is not None
+    assert found.data == run.package.read_bytes()
+    with pytest.raises(ReleaseError, match="has no channel 'beta'"):
+        run_release(replace(arguments, repository=location, channel="beta"), workspace=tmp_path / "runs")
 
 
 def test_anything_else_is_a_result_and_not_published(both: Both) -> None:

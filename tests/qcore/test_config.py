@@ -5,7 +5,7 @@ import pytest
 from qcore.config import check_config, parse_config
 from qcore.data.card import DataCard
 from qcore.errors import ConfigError
-from qcore.gate import GatePolicy
+from qcore.policy import GatePolicy
 from qcore.recipe import Recipe
 
 STEP = "field 'steps.0.round-weights."

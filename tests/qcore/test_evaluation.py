@@ -231,3 +231,48 @@ def test_parts_of_the_samples_merge_to_the_whole(cuts):
 def test_exact_sums_are_exact(value):
     assert rounded(exact(value)) == value
     assert rounded(3 * exact(value)) == (3 * value if value < 1e308 else np.inf)
+
+
+TASKS = {
+    "classification": (lambda y: y, {"top1", "top5", "agreement"}),
+    "none": (lambda y: None, {"agreement"}),
+    "regression": (lambda y: np.stack([y / 3] * 7, axis=1), {"mae", "rmse", "r2"}),
+    "anomaly": (lambda y: y % 2, {"auc"}),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_champion_is_measured_as_if_it_were_the_candidate(task):
+    truth, names = TASKS[task]
+    base, ours, y = random_scores(7)
+    theirs = ours[::-1] / 3 + base
+    if task == "anomaly":
+        base, ours, theirs = base[:, :1], ours[:, :1], theirs[:, :1]
+    y = truth(y)
+    own = UserMetric(name="own", direction="lower", score=lambda out, y: out["y"][:, 0])
+    centre = None if task != "regression" else y.mean(axis=0)
+    asked = Question(task=task, centre=centre, metrics=(own,))
+    every = list(feed(400, y, 7))
+    three = evaluate(answers(ours), answers(base), every, asked, answers(theirs))
+    plain = evaluate(answers(ours), answers(base), every, asked)
+    swapped = evaluate(answers(theirs), answers(base), every, asked)
+    names = names | {"own", "output_sqnr_db"}
+    assert {k: v for k, v in three.metrics.items() if not k.startswith("champion_")} == plain.metrics
+    found = {k.removeprefix("champion_"): v for k, v in three.metrics.items() if k.startswith("champion_")}
+    assert found == {k: swapped.metrics[k] for k in names}
+    assert three.samples.champion == swapped.samples.candidate
+    for name, values in three.samples.values.items():
+        assert values.champion == swapped.samples.values[name].candidate
+    if task == "classification":
+        against = evaluate(answers(ours), answers(theirs), every, asked)
+        assert three.champion_paired == against.paired
+        tally = count_samples(answers(ours), answers(base), every, asked, answers(theirs))
+        assert tally.champion_top5 == against.details.top5
+    parts = [
+        count_samples(answers(ours), answers(base), every[a:b], asked, answers(theirs)) for a, b in [(0, 9), (9, 58)]
+    ]
+    whole = count_samples(answers(ours), answers(base), every, asked, answers(theirs))
+    assert merged(parts) == whole
+    assert tally_from_json(json.loads(json.dumps(tally_to_json(whole)))) == whole
+    with pytest.raises(DataError):
+        merged([parts[0], count_samples(answers(ours), answers(base), every[9:], asked)])

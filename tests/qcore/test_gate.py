@@ -1,5 +1,4 @@
 import contextlib
-import copy
 import json
 import time
 from dataclasses import replace
@@ -8,114 +7,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judging import WRONG, anomalies, classified, damaged, errors, grouped, places, report, valued
 from pydantic import ValidationError
 
-from qcore.derived import area_metrics, class_counts, class_metrics, confusion, mean, paired_counts
+from qcore.derived import class_metrics, mean
 from qcore.errors import GateRefused
-from qcore.gate import (
-    Budgets,
-    ErrorLimit,
-    GatePolicy,
-    GroupLimit,
-    MetricLimit,
-    ValueLimit,
-    decide,
-    default_policy,
-)
+from qcore.gate import decide, default_policy
 from qcore.groups import Counts, Family, judge_groups, levels
 from qcore.numerics.bounds import paired_lower_bound
+from qcore.policy import Budgets, ErrorLimit, GatePolicy, GroupLimit, MetricLimit, ValueLimit
 from qcore.report import (
-    ByModel,
-    ClassDetails,
-    EvaluationReport,
-    Latency,
-    MeasuredData,
-    MeasuredModel,
     PairedCounts,
-    ProbabilityBin,
-    Samples,
-    Values,
     decision_from_json,
 )
 from qcore.report_file import report_from_json
 
 ONE_POINT = GatePolicy(top1=MetricLimit(max_drop=0.01))
-
-
-def measured(digest: str, size: int = 100, p50: float = 1.0) -> MeasuredModel:
-    return MeasuredModel(sha256=digest * 64, size_bytes=size, latency_ms=Latency(p50=p50, p95=2 * p50, runs=20))
-
-
-def by_model(label, named):
-    right = int((label == named).sum())
-    return ByModel(
-        confusion=confusion(label, named), reliability=(ProbabilityBin(count=len(label), right=right, confidence=0.9),)
-    )
-
-
-def report(wins: int, losses: int, n: int, *, both_wrong: int = 0, labelled: bool = True) -> EvaluationReport:
-    """Return a report with these counts: classes 0 and 1, every label 0."""
-    right = n - wins - losses - both_wrong
-    candidate = (0,) * (right + wins) + (1,) * (losses + both_wrong)
-    baseline = (0,) * right + (1,) * wins + (0,) * losses + (1,) * both_wrong
-    return classified((0,) * n if labelled else None, baseline, candidate)
-
-
-def classified(label, baseline, candidate, slices=None) -> EvaluationReport:
-    """Return the report on these classes."""
-    n, paired, details = len(baseline), None, None
-    metrics = {"agreement": sum(b == c for b, c in zip(baseline, candidate, strict=True)) / n, "output_sqnr_db": 30.0}
-    if label is not None:
-        y, b, c = (np.array(column, np.int64) for column in (label, baseline, candidate))
-        paired = paired_counts(c == y, b == y)
-        details = ClassDetails(
-            classes=class_counts(y, b, c), baseline=by_model(y, b), candidate=by_model(y, c), top5=None
-        )
-        metrics |= class_metrics(paired, details)
-    data = MeasuredData(
-        name="d",
-        split="evaluation",
-        task="none" if label is None else "classification",
-        sha256="c" * 64,
-        slices={name: len(part) for name, part in (slices or {}).items()},
-    )
-    return EvaluationReport(
-        model=measured("a"),
-        baseline=measured("b", 400, 2.0),
-        data=data,
-        n=n,
-        metrics=metrics,
-        paired=paired,
-        details=details,
-        samples=Samples(index=tuple(range(n)), label=label, baseline=baseline, candidate=candidate),
-        slices=slices or {},
-        runtime={},
-        qcore_version="0",
-    )
-
-
-def valued(task, label=None, **values) -> EvaluationReport:
-    """Return the report on a regression or on anomalies: pairs of columns by name."""
-    columns = {k: Values(baseline=tuple(map(float, b)), candidate=tuple(map(float, c))) for k, (b, c) in values.items()}
-    n = len(next(iter(columns.values())).baseline)
-    metrics = {"output_sqnr_db": 30.0}
-    if task == "regression":
-        error = columns["absolute_error"]
-        metrics |= {"mae": mean(error.candidate), "baseline_mae": mean(error.baseline)}
-        metrics |= {"rmse": 2 * metrics["mae"], "baseline_rmse": 2 * metrics["baseline_mae"]}
-    if task == "anomaly":
-        metrics |= area_metrics(label, columns["score"])
-    return EvaluationReport(
-        model=measured("a"),
-        baseline=measured("b", 400, 2.0),
-        data=MeasuredData(name="d", split="evaluation", task=task, sha256="c" * 64),
-        n=n,
-        metrics=metrics,
-        paired=None,
-        samples=Samples(index=tuple(range(n)), label=label, baseline=None, candidate=None, values=columns),
-        runtime={},
-        qcore_version="0",
-    )
 
 
 @pytest.mark.parametrize(
@@ -290,12 +197,6 @@ def test_top5_is_judged_by_its_own_counts():
     assert [(c.name, c.outcome) for c in checks] == [("top5_drop", "pass"), ("top5_min", "pass")]
 
 
-def errors(n, more, rng=None):
-    rng = rng or np.random.default_rng(0)
-    base = rng.exponential(size=n)
-    return valued("regression", absolute_error=(base, np.maximum(base + more + 0.05 * rng.normal(size=n), 0)))
-
-
 @pytest.mark.parametrize(
     ("n", "more", "outcome"),
     [(1000, 0.0, "pass"), (1000, 0.1, "fail"), (150, 0.052, "inconclusive"), (99, 0.0, "inconclusive")],
@@ -325,13 +226,6 @@ def test_errors_have_a_maximum_too():
     assert [(c.name, c.outcome) for c in checks] == [("mae_increase", "pass"), ("mae_max", "pass")]
     with pytest.raises(GateRefused, match="limits mae but the task is classification"):
         decide(GOOD, GatePolicy(mae=ErrorLimit(max=1)))
-
-
-def anomalies(positives, negatives, noise, seed=0):
-    rng = np.random.default_rng(seed)
-    label = (1,) * positives + (0,) * negatives
-    base = rng.normal(size=len(label)) + 2 * np.array(label)
-    return valued("anomaly", label, score=(base, base + noise * rng.normal(size=len(label))))
 
 
 @pytest.mark.parametrize(
@@ -367,16 +261,6 @@ def test_metrics_of_the_user_have_a_direction(direction, outcome):
     assert [(c.name, c.outcome) for c in decision.checks] == [("iou_change", outcome)]
     with pytest.raises(GateRefused, match="limits metric 'dice', which was not measured; known: iou"):
         decide(given, GatePolicy(metrics={"dice": ValueLimit(max_loss=0.1)}))
-
-
-def grouped(sizes, losses):
-    """Return a report whose slices have these sizes and lost so many samples."""
-    n, slices, candidate, start = sum(sizes), {}, [0] * sum(sizes), 0
-    for k, (size, lost) in enumerate(zip(sizes, losses, strict=True)):
-        slices[f"s{k}"] = tuple(range(start, start + size))
-        candidate[start : start + lost] = [1] * lost
-        start += size
-    return classified((0,) * n, (0,) * n, tuple(candidate), slices)
 
 
 def test_slices_are_judged_together_and_small_ones_are_named():
@@ -470,31 +354,12 @@ REPORTS = {
 }
 
 
-def places(value, path=()):
-    """Yield the path of every field and of the first and last entry of every list."""
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in entries:
-        if isinstance(value, dict) or key in (0, len(value) - 1):
-            yield (*path, key)
-            yield from places(part, (*path, key))
-
-
-def damaged(value, path, how):
-    value = copy.deepcopy(value)
-    at = value
-    for key in path[:-1]:
-        at = at[key]
-    if how == "deleted":
-        del at[path[-1]]
-    else:
-        at[path[-1]] = how
-    return value
-
-
-WRONG = ["deleted", None, "x", float("nan"), float("inf"), -1, -0.5, True, [], {}, {"a": 1}, [None], "0"]
 FITS = {  # other facts, no damage: nothing else in the report repeats them
     **dict.fromkeys(("name", "split", "qcore_version"), ("x", "0", "deleted")),
     "output_sqnr_db": (-1, -0.5, True),
+    "machine": ({},),
+    "cpu": ("x", "0", "deleted"),
+    **dict.fromkeys(("package_bytes", "download"), (None,)),  # not measured; no policy here asks
 }
 EXPECTED = {name: json.loads(json.dumps(r.to_json())) for name, (r, _) in REPORTS.items()}
 
@@ -520,13 +385,13 @@ def test_nothing_passes_with_any_field_missing_or_damaged(name, data):
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_no_field_of_a_report_can_be_left_out(name):
-    """All of them, not a sample: what is deleted refuses the report, or it is an entry of `runtime`."""
+    """All of them, not a sample: what is deleted refuses the report, or it is an entry of `runtime` or `machine`."""
     for path in places(EXPECTED[name]):
-        if path[0] != "runtime" or len(path) == 1:
+        if path[0] not in ("runtime", "machine") or len(path) == 1:
             with pytest.raises(GateRefused):
                 decide(report_from_json(damaged(EXPECTED[name], path, "deleted")), REPORTS[name][1])
 
 
 def test_a_report_of_an_older_qcore_is_refused_in_words():
-    with pytest.raises(GateRefused, match=r"qcore\.evaluation/2, found qcore\.evaluation/1; run `qcore evaluate`"):
-        report_from_json({**EXPECTED["classes"], "schema": "qcore.evaluation/1"})
+    with pytest.raises(GateRefused, match=r"qcore\.evaluation/3, found qcore\.evaluation/2; run `qcore evaluate`"):
+        report_from_json({**EXPECTED["classes"], "schema": "qcore.evaluation/2"})

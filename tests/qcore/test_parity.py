@@ -9,11 +9,11 @@ from onnx import helper
 
 from qcore import steps
 from qcore.errors import ConfigError, ModelError
-from qcore.parity import CONDITIONS, ConditionResult, ParityOf, ParityReport
+from qcore.parity_report import CONDITION_NAMES, ConditionResult, ParityOf, ParityReport
 from qcore.target import PROFILES
 
 FEATURES = 32
-NAMES = [c.name for c in CONDITIONS]
+NAMES = list(CONDITION_NAMES)
 
 
 def saturating_net():
@@ -91,7 +91,7 @@ def test_the_file_holds_what_is_returned_and_equal_runs_are_equal(tmp_path):
     assert stored == (tmp_path / "b.json").read_bytes()
     value = json.loads(stored)
     assert value == report.to_json()
-    assert value["schema"] == "qcore.parity/1"
+    assert value["schema"] == "qcore.parity/2"
     assert value["target"] == "x86-vnni"
     assert value["data"]["n"] == 20
     assert [(name, 20, 20) in calls for name in NAMES] == [True] * len(NAMES)
@@ -116,11 +116,12 @@ def result(name, verdict, agreement, sqnr_db, advice="nothing to do"):
 def report_of(*conditions):
     measured = ParityOf(
         model="m",
-        model_sha256="0",
+        model_sha256="0" * 64,
         target=None,
         data="d",
         split="s",
-        data_sha256="1",
+        data_sha256="1" * 64,
+        split_sha256="2" * 64,
         n=1,
         runtime={},
         qcore_version="",

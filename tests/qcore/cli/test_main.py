@@ -30,7 +30,7 @@ def files(tmp_path_factory):
     return save(proto, folder / "m.onnx"), write_data(folder, proto)
 
 
-def test_the_verbs_make_one_path(files, tmp_path):
+def test_the_verbs_make_one_path(files, tmp_path, location):
     model, card = files
 
     def run(*arguments, code=0):
@@ -38,7 +38,8 @@ def test_the_verbs_make_one_path(files, tmp_path):
         assert done.returncode == code, done.stderr
         return json.loads(done.stdout)  # one object and nothing else
 
-    run("repo", "init", "--repository", tmp_path / "repo", "--keys", tmp_path / "keys")
+    assert run("repo", "doctor", "--repository", location)["ok"] is True
+    run("repo", "init", "--repository", location, "--keys", tmp_path / "keys")
     table = run("calibrate", "--model", model, "--data", card, "--out", tmp_path / "t.json")
     assert table["samples"] == 40
     made = run("quantize", "--model", model, "--table", tmp_path / "t.json", "--out", tmp_path / "q.onnx")
@@ -66,10 +67,10 @@ def test_the_verbs_make_one_path(files, tmp_path):
     known = ["--report", tmp_path / "r.json", "--policy", tmp_path / "p.yaml", "--data", card]
     verified = run("gate", "verify", *proof, "--key", tmp_path / "keys" / "gate.pub", *shipped, *known)
     assert (verified["genuine"], verified["releasable"], verified["outcome"]) == (True, True, "pass")
-    where = ["--repository", tmp_path / "repo", "--keys", tmp_path / "keys"]
+    where = ["--repository", location, "--keys", tmp_path / "keys"]
     release = run("publish", "--package", tmp_path / "a.qpkg", *proof, *where)
     assert (release["family"], release["version"], release["channel"]) == ("tiny", "1.0", "stable")
-    assert len(run("repo", "status", "--repository", tmp_path / "repo")["roles"]) >= 5
+    assert len(run("repo", "status", "--repository", location)["roles"]) >= 5
     assert "signed" in run("repo", "refresh", *where)
 
 
@@ -201,7 +202,7 @@ def test_a_misspelt_field_in_a_policy(files, tmp_path):
     (tmp_path / "p.yaml").write_text("top1: {max_dorp: 0.01}\n")
     gate = ["--report", tmp_path / "r.json", "--key", tmp_path / "k.pem", "--out", tmp_path / "e.json"]
     (tmp_path / "r.json").write_text("{}")
-    assert "schema qcore.evaluation/2" in complaint(qcore("gate", *gate, "--policy", tmp_path / "p.yaml"), 1)
+    assert "schema qcore.evaluation/3" in complaint(qcore("gate", *gate, "--policy", tmp_path / "p.yaml"), 1)
 
 
 def test_help_and_version_cost_nothing_and_succeed():
@@ -265,3 +266,51 @@ def test_prune_says_what_became_smaller(tmp_path):
     assert "Smaller" in done.stdout
     assert "channels" in done.stdout
     assert (tmp_path / "o.onnx").stat().st_size < model.stat().st_size
+
+
+def test_a_waiver_from_the_policy_to_the_repository(files, tmp_path):
+    model, card = files
+
+    def run(*arguments, code=0):
+        done = qcore(*arguments, "--json")
+        assert done.returncode == code, done.stderr
+        return json.loads(done.stdout)
+
+    where = ["--repository", tmp_path / "repo", "--keys", tmp_path / "keys"]
+    run("repo", "init", *where)
+    key = run("gate", "owner-key", "--out", tmp_path / "ada.pem")["key"]
+    (tmp_path / "p.yaml").write_text(
+        "agreement: {min: 0.5}\nbudgets: {size_ratio: 0.01}\n"
+        f"waivers: {{owners: [{{name: Ada, key: {key}}}], checks: [size_ratio], max_days: 5}}\n"
+    )
+    made, shipped = ["--model", tmp_path / "q.onnx"], ["--package", tmp_path / "x.qpkg"]
+    run("compress", "--model", model, "--data", card, "--recipe", "int8", "--out", tmp_path / "q.onnx")
+    run("evaluate", *made, "--baseline", model, "--data", card, "--out", tmp_path / "r.json")
+    run("package", *made, "--data", card, "--family", "f", "--version", "1", "--out", tmp_path / "x.qpkg")
+    gate = ["gate", "--report", tmp_path / "r.json", *shipped, "--policy", tmp_path / "p.yaml"]
+    gate += ["--key", tmp_path / "keys" / "gate.pem"]
+    failed, waived, waiver = (tmp_path / f"{name}.json" for name in ("failed", "waived", "waiver"))
+    assert run(*gate, "--out", failed, code=3)["outcome"] == "fail"
+    verify = ["gate", "verify", "--key", tmp_path / "keys" / "gate.pub", *shipped]
+    assert run(*verify, "--evidence", failed, code=3)["genuine"]
+    asked = ["--evidence", failed, "--check", "size_ratio", "--owner", "Ada", "--reason", "launch", "--days"]
+    refused = qcore("gate", "waive", *asked, "6", "--key", tmp_path / "ada.pem", "--out", waiver)
+    assert "the policy allows 5" in complaint(refused, 1)
+    run("gate", "waive", *asked, "5", "--key", tmp_path / "ada.pem", "--out", waiver)
+    done = qcore(*gate, "--waiver", waiver, "--out", waived)
+    assert done.returncode == 0, done.stderr
+    assert "fail, waived" in done.stdout
+    assert "Ada waived size_ratio until" in done.stdout
+    assert run(*verify, "--evidence", waived)["releasable"]
+    assert run("publish", *shipped, "--evidence", waived, *where)["version"] == "1"
+    other = qcore(*verify, "--evidence", waived, "--model", model)
+    assert other.returncode == 1
+    assert "does not fit" in other.stdout
+
+
+def test_the_gate_takes_options_or_a_verb():
+    assert "--report" in complaint(qcore("gate", "--key", "k", "--out", "o"), 2)
+    assert "see `qcore gate verify --help`" in complaint(qcore("gate", "verify", "--evidence", "e"), 2)
+    done = qcore("gate", "--help")
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in ("decide", "verify", "waive", "owner-key"))

@@ -121,7 +121,7 @@ def test_an_approval_is_taken_back(world: World) -> None:
     assert approve(world.store, world.keys, Grant(family=FAMILY, approval=more), now=now()).max_age == timedelta(days=7)
 
 
-def test_where_a_policy_asks_for_the_served_model_another_baseline_is_refused(world: World) -> None:
+def test_where_a_policy_asks_for_the_served_model_another_champion_is_refused(world: World) -> None:
     approve(
         world.store,
         world.keys,
@@ -131,7 +131,7 @@ def test_where_a_policy_asks_for_the_served_model_another_baseline_is_refused(wo
     with pytest.raises(GateRefused, match="compares with what is served"):
         publish_release(world.store, submission(world), world.keys, now=now())
     served = world.package("1.1.0", seed=1)
-    done = submission(world, baseline_sha256=served.manifest.model_sha256)
+    done = submission(world, champion_sha256=served.manifest.model_sha256)
     assert publish_release(world.store, done, world.keys, now=now()).version == "1.2.0"
 
 

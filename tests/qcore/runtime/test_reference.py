@@ -25,11 +25,6 @@ ROUNDED_ELSEWHERE = {"tensorrt"}
 SHIPPED = [(t, f) for t in TARGETS for f in ("qdq", "qoperator") if (t, f) != ("tensorrt", "qoperator")]
 
 
-def exact(raw, signed):
-    """Run `raw` on integer kernels that do not saturate; for signed QGemm onnxruntime has only the plain ones."""
-    return load(raw) if b"QGemm" in raw and signed else load_exact(raw)
-
-
 def answers(loaded, x):
     return on_samples(loaded)({"x": x})["y"]
 
@@ -43,7 +38,7 @@ def test_every_profile_gives_onnxruntimes_integers(net, target, form):
     raw = proto.SerializeToString()
     got = answers(load_reference(raw), x)
     if target not in ROUNDED_ELSEWHERE:
-        np.testing.assert_array_equal(got, answers(exact(raw, load_target(target).activations == "int8"), x))
+        np.testing.assert_array_equal(got, answers(load_exact(raw), x))
     np.testing.assert_allclose(got, answers(load_as_written(raw), x), atol=1e-5)
 
 

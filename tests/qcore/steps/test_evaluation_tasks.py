@@ -12,6 +12,7 @@ from qcore import steps
 from qcore.cli.main import run
 from qcore.errors import CalibrationError, DataError
 from qcore.gate import decide, default_policy
+from qcore.policy import ParityLimit
 from qcore.report_file import report_from_json
 
 CARD = """\
@@ -74,11 +75,24 @@ def test_a_card_says_what_is_measured(points):
     assert decide(report, default_policy(report)).outcome == "pass"
 
 
+def test_parity_is_measured_for_every_task(points):
+    report = steps.parity(model=points / "q.onnx", data=points / "card.yaml", out=points / "p.json", samples=16)
+    assert report.top1 is None
+    assert all(c.agreement is None and c.top1 is None and c.sqnr_db > 90 for c in report.conditions)
+    judged = steps.evaluate(**files(points), out=points / "r.json")
+    asked = default_policy(judged).model_copy(update={"parity": ParityLimit(sqnr_db=60)})
+    assert decide(judged, asked, report).outcome == "pass"
+    assert decide(judged, asked).outcome == "fail"
+
+
 def timeless(path):
+    """Return the report without what no two runs measure alike."""
     value = json.loads(path.read_text())
+    value.pop("measured_at")
     for part in (value, value["model"], value["baseline"]):
-        part.pop("latency_ms")
-    return value
+        for name in ("latency_ms", "latency_all_cores_ms", "cold_start_ms", "peak_memory_bytes"):
+            part.pop(name, None)
+    return {k: v for k, v in value.items() if k not in ("rounds", "ratios", "machine")}
 
 
 def test_shards_merge_to_the_report_of_one_process(points):
@@ -89,8 +103,8 @@ def test_shards_merge_to_the_report_of_one_process(points):
     merged = steps.merge_reports(parts=parts, out=points / "merged.json")
     assert timeless(points / "merged.json") == timeless(points / "one.json")
     part1 = json.loads(parts[1].read_text())
-    assert merged.model.latency_ms.p50 == part1["latencies"][0]["p50"]
-    assert json.loads(parts[0].read_text())["latencies"] is None
+    assert list(merged.rounds["latency"].candidate) == part1["costs"]["rounds"]["latency"]["candidate"]
+    assert json.loads(parts[0].read_text())["costs"] is None
     with pytest.raises(DataError, match="samples 0 to 127 of the split are missing"):
         steps.merge_reports(parts=[parts[0], parts[2]], out=points / "merged.json")
     with pytest.raises(DataError, match="are missing; merge every shard once"):

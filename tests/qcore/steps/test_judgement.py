@@ -9,6 +9,7 @@ from qcore import steps
 from qcore.data.dataset import open_dataset
 from qcore.graph.io import read_model_bytes
 from qcore.steps import judgement
+from qcore.steps.costs import ONE_RUN
 from qcore.steps.guard import silent
 
 
@@ -25,14 +26,15 @@ def files(tmp_path_factory, request):
 
 def facts(report):
     value = report.to_json()
-    return {k: v for k, v in value.items() if "latency" not in k and k not in ("model", "baseline")}
+    costs = ("latency_ms", "model", "baseline", "rounds", "ratios", "machine", "measured_at")
+    return {k: v for k, v in value.items() if k not in costs}
 
 
 @pytest.mark.parametrize("most", [judgement.ANSWER_BYTES, 0])
 def test_remembered_answers_give_the_report_of_a_fresh_run(files, monkeypatch, most):
     (candidate, baseline), data = files
     monkeypatch.setattr(judgement, "ANSWER_BYTES", most)
-    judge = judgement.judge_of(baseline, data, judgement.ONE_RUN, silent)
+    judge = judgement.judge_of(baseline, data, ONE_RUN, silent)
     assert (judge.answers is None) == (most == 0)
     fresh = judgement.report_on((candidate, "q"), (baseline, "m"), data, silent)
     assert 0 < fresh.metrics["agreement"] < 1
@@ -45,7 +47,7 @@ def test_remembered_answers_give_the_report_of_a_fresh_run(files, monkeypatch, m
 
 def test_the_float_model_runs_once_over_the_samples(files):
     (candidate, baseline), data = files
-    judge = judgement.judge_of(baseline, data, judgement.ONE_RUN, silent)
+    judge = judgement.judge_of(baseline, data, ONE_RUN, silent)
 
     ran: list[object] = []
     known = replace(judge, baseline=replace(judge.baseline, predict=ran.append))
@@ -55,5 +57,5 @@ def test_the_float_model_runs_once_over_the_samples(files):
 
 def test_latency_that_nobody_asks_for_is_one_run(files):
     (candidate, baseline), data = files
-    judge = judgement.judge_of(baseline, data, judgement.ONE_RUN, silent)
+    judge = judgement.judge_of(baseline, data, ONE_RUN, silent)
     assert judgement.judged(judge, candidate, "q").model.latency_ms.runs == 1

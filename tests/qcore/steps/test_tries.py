@@ -6,6 +6,7 @@ from qcore import steps
 from qcore.graph.io import read_model_bytes
 from qcore.recipe import load_recipe
 from qcore.steps import tries
+from qcore.steps.costs import LATENCY
 from qcore.steps.guard import silent
 
 
@@ -42,7 +43,7 @@ def test_what_a_kill_left_is_swept_and_a_stranger_stays(tmp_path):
 
 def test_latency_is_measured_where_the_target_is_this_machine_or_somebody_asks(tmp_path):
     runs = {}
-    for name, more in (("npu", {}), ("host", {"target": "host"}), ("asked", {"times": True})):
+    for name, more in (("npu", {}), ("host", {"target": "host"}), ("asked", {"costing": LATENCY})):
         bench = bench_in(tmp_path / name, **more)
         tried = tries.try_recipe(bench, load_recipe("int8"))
         runs[name] = (bench.timed, tried.report.model.latency_ms.runs)

@@ -1,25 +1,21 @@
 import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from securesystemslib.signer import CryptoSigner
 
 from qcore.errors import ModelError
-from qcore.report import (
-    Check,
-    EvaluationReport,
-    GateDecision,
-    Latency,
-    MeasuredData,
-    MeasuredModel,
-    Outcome,
-    PairedCounts,
-    Samples,
-)
+from qcore.measured import Latency, MeasuredModel
+from qcore.release.waivers import new_waiver, overridden, owner_key, sign_waiver
+from qcore.report import Check, EvaluationReport, GateDecision, MeasuredData, Outcome, PairedCounts, Samples
 from qcore.tracking.facts import expect_model, text_file
 from qcore.tracking.journal import Attachment, Metrics, Tags, journals, read_journal
 from qcore.tracking.review import review, summary_metrics, to_html, to_markdown
 from qcore.tracking.tracker import Tracker
 from qcore.tracking.verdict import VerdictFiles, track_decision
+from qcore.waiver import Override, Owner
 
 
 def report(labels: bool = True) -> EvaluationReport:
@@ -42,6 +38,7 @@ def report(labels: bool = True) -> EvaluationReport:
         ),
         runtime={"onnxruntime": "1.27"},
         qcore_version="0.1.0",
+        measured_at="2026-11-27T12:00:00Z",
     )
 
 
@@ -78,6 +75,23 @@ def test_the_verdict_comes_first_and_everything_needed_follows(outcome: Outcome,
     assert ("About 120 more samples" in text) == (outcome == "inconclusive")
     for needed in ("-0.25", "-0.6", "100.00%", "75.00%", "1.000 ms", "4,000 bytes", "a" * 64, "d" * 64):
         assert needed in text
+
+
+def test_a_reader_learns_who_may_override_and_who_did() -> None:
+    assert "Nobody may override: the policy allows no waivers." in to_markdown(review(report(), decision("pass")))
+    key = CryptoSigner.generate_ed25519()
+    ada = Owner(name="Ada <b>", key=owner_key(key.public_key))
+    rules = Override(owners=(ada,), checks=("top1_drop",), max_days=3)
+    failed = replace(decision("fail"), override=rules)
+    assert "Ada <b> may waive top1_drop" in to_markdown(review(report(), failed))
+    when = datetime(2026, 11, 3, tzinfo=UTC)
+    waiver = sign_waiver(new_waiver(failed, ["top1_drop"], ada, "a | launch", (when, timedelta(days=2))), key)
+    content = review(report(), overridden(failed, [waiver], when))
+    text = to_markdown(content)
+    assert text.startswith("**PASS BY WAIVER: ")
+    assert "Ada <b> waived top1_drop until 2026-11-05T00:00:00Z: a | launch." in text
+    assert "fail, waived by Ada <b>" in text
+    assert "<b>" not in to_html(content)
 
 
 def test_every_markdown_row_has_as_many_cells_as_its_header() -> None:
