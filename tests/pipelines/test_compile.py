@@ -83,7 +83,7 @@ def test_keys_are_volumes_of_the_tasks_that_sign_and_of_no_other(compiled: Path)
     }
     for name, e in executors.items():
         in_env = {k["envVar"].partition("_")[0] for s in e.get("secretAsEnv", []) for k in s["keyToEnv"]}
-        assert in_env <= ({"MLFLOW", "AWS"} if name == "exec-publish" else {"MLFLOW"}), name
+        assert in_env <= ({"MLFLOW", "AWS"} if name in ("exec-cosign", "exec-publish") else {"MLFLOW"}), name
         assert all(s["optional"] for s in e.get("secretAsEnv", []))
 
 
