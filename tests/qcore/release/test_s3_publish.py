@@ -133,7 +133,7 @@ def test_a_lost_answer_before_another_release_is_taken_up_again(line: Line) -> N
 
 
 def test_what_a_publish_asks_of_the_server(line: Line) -> None:
-    """8 writes, the signed state twice, and what was written read back, in at most 12 round trips of a line on which each takes 0.2 s."""
+    """8 writes, the state twice, what was written read back: at most 12 round trips, each of which takes 0.2 s."""
     submission = line.world.submission(line.world.package("1.1.0", seed=1))
     line.proxy.delay_s = 0.2
     publish_release(line.behind.store, submission, line.world.keys, now=now())
