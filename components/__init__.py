@@ -6,6 +6,7 @@
 from qcore.components.calibrate import calibrate
 from qcore.components.cluster import cluster
 from qcore.components.compress import compress
+from qcore.components.cosign import cosign
 from qcore.components.decompose import decompose
 from qcore.components.evaluate import evaluate
 from qcore.components.evaluate_shard import evaluate_shard
@@ -19,12 +20,14 @@ from qcore.components.prune import prune
 from qcore.components.prune_channels import prune_channels
 from qcore.components.publish import publish
 from qcore.components.quantize import quantize
+from qcore.components.refresh_repository import refresh_repository
 from qcore.components.review import review
 
 __all__ = [
     "calibrate",
     "cluster",
     "compress",
+    "cosign",
     "decompose",
     "evaluate",
     "evaluate_shard",
@@ -38,5 +41,6 @@ __all__ = [
     "prune_channels",
     "publish",
     "quantize",
+    "refresh_repository",
     "review",
 ]

@@ -13,6 +13,7 @@ from kfp import compiler
 from qcore.components.calibrate import calibrate
 from qcore.components.cluster import cluster
 from qcore.components.compress import compress
+from qcore.components.cosign import cosign
 from qcore.components.decompose import decompose
 from qcore.components.evaluate import evaluate
 from qcore.components.evaluate_shard import evaluate_shard
@@ -26,10 +27,12 @@ from qcore.components.prune import prune
 from qcore.components.prune_channels import prune_channels
 from qcore.components.publish import publish
 from qcore.components.quantize import quantize
+from qcore.components.refresh_repository import refresh_repository
 from qcore.components.review import review
 from qcore.files import write_atomic
 from qcore.pipelines.calibrate_sharded import calibrate_sharded
 from qcore.pipelines.evaluate_sharded import evaluate_sharded
+from qcore.pipelines.refresh import refresh
 from qcore.pipelines.release import release
 
 SOURCES: dict[str, Any] = {
@@ -52,11 +55,14 @@ SOURCES: dict[str, Any] = {
             gate,
             review,
             package,
+            cosign,
             publish,
+            refresh_repository,
         )
     },
     "pipelines/calibrate_sharded/pipeline.yaml": calibrate_sharded,
     "pipelines/evaluate_sharded/pipeline.yaml": evaluate_sharded,
+    "pipelines/refresh/pipeline.yaml": refresh,
     "pipelines/release/pipeline.yaml": release,
 }
 

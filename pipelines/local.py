@@ -30,7 +30,7 @@ from qcore.tracking.journal import End, Journal, now_ms
 from qcore.tracking.tracker import Tracker
 from qcore.tracking.uploader import Uploaded, Uploader
 
-TASKS = ("prune", "calibrate", "quantize", "evaluate", "package", "parity", "gate", "review", "publish")
+TASKS = ("prune", "calibrate", "quantize", "evaluate", "package", "parity", "gate", "review", "cosign", "publish")
 """The tasks of `release` in an order in which they may run."""
 
 POLL_S = 0.1
@@ -146,14 +146,15 @@ def pipeline_request(arguments: ReleaseArguments) -> dict[str, Json]:
     from qcore.recipe import load_recipe
     from qcore.release.location import absolute_location, is_url
     from qcore.release.manifest import check_name
+    from qcore.release.signers import SERVICE_SUFFIX
     from qcore.target import load_target
 
     a = arguments
-    gate_key, card = a.keys / "gate.pem", a.data
+    files, card = [a.keys / f"gate{suffix}" for suffix in (".pem", SERVICE_SUFFIX)], a.data
     for path, what, kind, exists in (
         (a.model, "model", ModelError, a.model.is_file()),
         (card, "data", DataError, card.exists()),
-        (gate_key, "gate key", ConfigError, gate_key.is_file()),
+        (files[0], "gate key", ConfigError, any(f.is_file() for f in files)),
         (a.repository, "repository", ConfigError, is_url(a.repository) or Path(a.repository).is_dir()),
         (a.policy or a.keys, "policy", ConfigError, a.policy is None or a.policy.is_file()),
         (a.champion or a.keys, "champion", ModelError, a.champion is None or a.champion.is_file()),
@@ -289,7 +290,7 @@ def _result(folder: Path, watch: Watch, uploaded: Uploaded, seconds: float) -> R
     for row in list(watch.rows.values()):
         state = "skipped" if row.state == "waiting" else row.state
         watch.put(replace(row, state=state, outputs=outputs.get(row.name, {})))
-    key = load_signer(Path(json.loads((folder / "request.json").read_bytes())["keys"]) / "gate.pem").public_key
+    key = load_signer(Path(json.loads((folder / "request.json").read_bytes())["keys"])).public_key
     decision = verify_evidence(Path(outputs["gate"]["evidence"]).read_bytes(), [key])
     published = outputs.get("publish")
     return ReleaseRun(

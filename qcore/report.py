@@ -21,6 +21,7 @@ from qcore.waiver import (
     WaivedCheck,
     Waiver,
     override_from_json,
+    parse_time,
     refuse_not_permitted,
     refuse_other_subject,
     signed_waiver_from_json,
@@ -29,7 +30,7 @@ from qcore.waiver import (
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 REPORT_SCHEMA = "qcore.evaluation/3"
-DECISION_SCHEMA = "qcore.decision/2"
+DECISION_SCHEMA = "qcore.decision/3"
 Task = Literal["classification", "regression", "anomaly", "none"]
 Direction = Literal["higher", "lower"]
 
@@ -325,8 +326,9 @@ class GateDecision:
     """The outcome for one model, bound by digest to everything it was derived from.
 
     `package` is what may be published on it, None for a local decision; `champion_sha256` is None where nothing
-    released was compared with, `parity_sha256` where no parity was given. `override` says who may waive checks of the
-    policy, `waivers` who did; a waived check keeps its own outcome.
+    released was compared with, `parity_sha256` where no parity was given. `decided` is when (2026-11-27T12:00:00Z);
+    None where nobody said, and then the evidence has no age and is not published. `override` says who may waive checks
+    of the policy, `waivers` who did; a waived check keeps its own outcome.
 
     Invariant: `outcome` is `pass` only if there is at least one check and all checks pass or are waived; `fail` and
     `inconclusive` only if a check that is not waived says so. Every waiver is about exactly this decision, within what
@@ -350,10 +352,16 @@ class GateDecision:
     override: Override = NOBODY
     package: GatedPackage | None = None
     waivers: tuple[SignedWaiver, ...] = ()
+    decided: str | None = None
 
     def __post_init__(self) -> None:
         """Hold the invariant, also for a decision from a file: a pass cannot be built from anything else."""
         _ = self.binding  # refuses what is no digest
+        if self.decided is not None:
+            try:
+                parse_time(self.decided)
+            except GateRefused as e:
+                raise GateRefused(f"gate decision: decided {self.decided!r} is no time; run `qcore gate` again") from e
         for signed in self.waivers:
             refuse_not_permitted(signed.waiver, self.override)
             refuse_other_subject(signed.waiver, self.binding)
@@ -390,7 +398,7 @@ class GateDecision:
         return " ".join([*done, self.override.sentence()])
 
     def to_json(self) -> Json:
-        """Return the JSON form (`qcore.decision/2`)."""
+        """Return the JSON form (`qcore.decision/3`)."""
         return {"schema": DECISION_SCHEMA, **asdict(self)}
 
 

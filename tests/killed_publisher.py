@@ -13,7 +13,8 @@ from pathlib import Path
 
 from qcore.release.keys import load_keys
 from qcore.release.location import open_store
-from qcore.release.repository import Submission, publish_release
+from qcore.release.proposal import Submission
+from qcore.release.repository import publish_release
 from qcore.release.store import DirectoryStore
 
 CHANGES = ("os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir")

@@ -19,12 +19,13 @@ from qcore.release.keys import KeyRing, create_keys
 from qcore.release.location import open_store
 from qcore.release.manifest import Compatibility, Golden, Provenance, RuntimeRange, TensorInfo, Tolerance
 from qcore.release.package import Package, PackageSource, build_package
-from qcore.release.repository import Release, Submission, init_repository, publish_release
+from qcore.release.proposal import Submission
+from qcore.release.repository import Release, init_repository, publish_release
 from qcore.release.s3 import S3Store
 from qcore.release.store import DirectoryStore, Object
 from qcore.release.subject import manifest_digest
 from qcore.report import Check, GateDecision, GatedPackage, Outcome
-from qcore.waiver import Override, Owner
+from qcore.waiver import Override, Owner, format_time
 
 FAMILY = "digits"
 HARDWARE = "x86-vnni"
@@ -99,7 +100,8 @@ def gated(package: Package) -> GatedPackage:
 
 def about(package: Package, outcome: Outcome = "pass") -> GateDecision:
     """Return a gate decision about this package."""
-    return dataclasses.replace(decision(package.manifest.model_sha256, outcome), package=gated(package))
+    local = decision(package.manifest.model_sha256, outcome)
+    return dataclasses.replace(local, package=gated(package), decided=format_time(now()))
 
 
 def waivable(

@@ -27,7 +27,7 @@ def gate(
         evidence: The decision as a signed in-toto statement (DSSE).
         decision_markdown: The decision as a person reads it.
         decision_html: The same as a page.
-        key: Path to the gate's private key file, mounted from a secret.
+        key: Folder with the gate's key (gate.pem or gate.signer.json), or the key file; mounted from a secret.
         policy: Gate policy as YAML text. Empty: at most one point of accuracy lost at 95 % confidence.
         waiver: Text of a signed waiver for exactly this report and package. Empty: none.
         parity: Parity report (JSON) of the same model and split; needed where the policy limits parity.

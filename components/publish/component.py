@@ -1,5 +1,7 @@
 """Component `publish`: the package into the signed repository, after the evidence is verified again."""
 
+from typing import Optional
+
 from kfp import dsl
 
 from qcore.components.images import IMAGE
@@ -13,6 +15,7 @@ def publish(
     repository: str,
     keys: str,
     channel: str = "stable",
+    cosigned: Optional[dsl.Input[dsl.Artifact]] = None,
 ) -> None:
     """Publish a package to a channel of the repository; refuses evidence that is not a signed pass for these bytes.
 
@@ -23,6 +26,7 @@ def publish(
         repository: Folder of the repository, or s3://bucket/prefix.
         keys: Folder with the publisher's and the channel's private keys, mounted from a secret.
         channel: Channel that devices follow.
+        cosigned: The role that the component cosign signed. Absent: the gate's key lies among `keys` too.
     """
     from pathlib import Path
 
@@ -34,7 +38,8 @@ def publish(
 
     with Tracker("publish") as t:
         files = {"package": Path(package.path), "evidence": Path(evidence.path)}
-        result = steps.publish(**files, repository=repository, keys=Path(keys), channel=channel)
+        role = Path(cosigned.path) if cosigned else None
+        result = steps.publish(**files, repository=repository, keys=Path(keys), channel=channel, cosigned=role)
         write_json(Path(release.path), result.to_json())
         release.metadata.update(file_facts(Path(release.path), "qcore-release"))
         name = f"{result.family} {result.version}"

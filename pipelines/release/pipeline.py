@@ -1,13 +1,15 @@
 """The main path on Kubeflow Pipelines: a float model in, a signed release out, or a decision that says why not.
 
-Publishing sits behind `dsl.If` on the gate's string, and that is convenience only: `publish` verifies the signed
-decision again and trusts nothing else. What a run needs besides its parameters is mounted and named here; a local run
-ignores it (`pipelines/local.py` sets the environment itself).
+Publishing sits behind `dsl.If` on the gate's string, and that is convenience only: `cosign` and `publish` verify the
+signed decision again and trust nothing else. Only `gate` and `cosign` mount the gate's key, only `publish` the others.
+What a run needs besides its parameters is mounted and named here; a local run ignores it (`pipelines/local.py` sets the
+environment itself).
 """
 
 from kfp import dsl, kubernetes
 
 from qcore.components.calibrate import calibrate
+from qcore.components.cosign import cosign
 from qcore.components.evaluate import evaluate
 from qcore.components.gate import gate
 from qcore.components.package import package
@@ -19,7 +21,8 @@ from qcore.components.review import review
 
 KEYS = "/etc/qcore/keys"
 REPOSITORY = "/var/lib/qcore/repository"
-GATE_KEY_VOLUME, PUBLISHER_KEYS_VOLUME, REPOSITORY_VOLUME = "qcore-gate-key", "qcore-publisher-keys", "qcore-repository"
+GATE_KEY_VOLUME, COSIGN_KEY_VOLUME = "qcore-gate-key", "qcore-cosign-key"
+PUBLISHER_KEYS_VOLUME, REPOSITORY_VOLUME = "qcore-publisher-keys", "qcore-repository"
 MLFLOW_ENV = {
     "uri": "MLFLOW_TRACKING_URI",
     "username": "MLFLOW_TRACKING_USERNAME",
@@ -33,7 +36,7 @@ S3_ENV = {
     "secret-access-key": "AWS_SECRET_ACCESS_KEY",
 }
 S3_ENV_SOURCE = "qcore-s3"
-"""Where `publish` finds the store of an s3:// repository; a pod with a cloud identity needs none of it."""
+"""Where `cosign` and `publish` find the store of an s3:// repository; a pod with a cloud identity needs none of it."""
 
 
 def tracked(task: dsl.PipelineTask, *, cache: bool = False) -> dsl.PipelineTask:
@@ -81,14 +84,19 @@ def release(
     named = {"family": family, "version": version, "target": target}
     packed = tracked(package(model=candidate, **measured, **named)).outputs["package"]
     judged = {"report": evaluated.outputs["report"], "parity": same.outputs["report"], "package": packed}
-    gated = tracked(gate(**judged, key=f"{keys}/gate.pem", policy=policy))
+    gated = tracked(gate(**judged, key=keys, policy=policy))
     kubernetes.use_secret_as_volume(gated, GATE_KEY_VOLUME, mount_path=KEYS)
     evidence = gated.outputs["evidence"]
     made = {"candidate": candidate, "summary": quantized.outputs["summary"], "table": table}
     tracked(review(**judged, evidence=evidence, data=data, name=recipe, **made))
 
     with dsl.If(gated.outputs["Output"] == "pass", name="passed"):
-        published = publish(package=packed, evidence=evidence, repository=repository, keys=keys, channel=channel)
+        signed = tracked(cosign(package=packed, evidence=evidence, repository=repository, keys=keys))
+        kubernetes.use_secret_as_volume(signed, COSIGN_KEY_VOLUME, mount_path=KEYS)
+        kubernetes.use_secret_as_env(signed, S3_ENV_SOURCE, S3_ENV, optional=True)
+        kubernetes.mount_pvc(signed, REPOSITORY_VOLUME, mount_path=REPOSITORY)
+        shipped = {"package": packed, "evidence": evidence, "cosigned": signed.outputs["cosigned"]}
+        published = publish(**shipped, repository=repository, keys=keys, channel=channel)
         kubernetes.use_secret_as_volume(tracked(published), PUBLISHER_KEYS_VOLUME, mount_path=KEYS)
         kubernetes.use_secret_as_env(published, S3_ENV_SOURCE, S3_ENV, optional=True)
         kubernetes.mount_pvc(published, REPOSITORY_VOLUME, mount_path=REPOSITORY)

@@ -1,5 +1,6 @@
 """The verbs that work on one model: from quantization to publication. Each parses, calls one step, and prints."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -261,15 +262,61 @@ def publish(
     repository: opt.Repository,
     keys: opt.Keys,
     channel: opt.Channel = "stable",
+    provenance: Annotated[
+        Path | None, typer.Option("--provenance", help="Signed provenance of `qcore provenance`, published beside it.")
+    ] = None,
+    cosigned: Annotated[
+        Path | None, typer.Option("--cosigned", help="Role of `qcore repo cosign`; without it --keys holds the gate's.")
+    ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Sign a package into the repository and point a channel at it."""
-    release = steps.publish(package=package, evidence=evidence, repository=repository, keys=keys, channel=channel)
+    signed = {"provenance": provenance, "cosigned": cosigned}
+    release = steps.publish(
+        package=package, evidence=evidence, repository=repository, keys=keys, channel=channel, **signed
+    )
     if as_json:
         print_json(release.to_json())
     else:
         facts = {k: str(v) for k, v in release.to_json().items() if k in ("family", "version", "channel", "counter")}
         print_facts("Published", {**facts, "sha256": release.sha256})
+
+
+def provenance(
+    package: Annotated[Path, typer.Option("--package", help="Package of `qcore package`.")],
+    key: Annotated[Path, typer.Option("--key", help="Private key file of the gate or the publisher.")],
+    builder: Annotated[str, typer.Option("--builder", help="URI of what built it.")],
+    out: opt.Out,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", help="NAME=VALUE: recipe, target, seed ...; repeatable.")
+    ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option("--input", help="NAME=FILE it was built from: model, data ...; repeatable.")
+    ] = None,
+    invocation: Annotated[str, typer.Option("--invocation", help="The run that built it.")] = "",
+    as_json: opt.AsJson = False,
+) -> None:
+    """Sign where a package comes from: an in-toto statement with SLSA provenance v1."""
+    inputs = {name: Path(path) for name, path in _pairs(source or (), "--input").items()}
+    build = steps.provenance(
+        package=package,
+        out=out,
+        key=key,
+        builder=builder,
+        parameters=_pairs(parameter or (), "--parameter"),
+        inputs=inputs,
+        invocation=invocation,
+    )
+    facts = {"output": str(out), "package": build.package_sha256, "builder": build.builder}
+    print_json({**facts, "inputs": dict(build.inputs)}) if as_json else print_facts("Provenance", facts)
+
+
+def _pairs(texts: Sequence[str], option: str) -> dict[str, str]:
+    """Return NAME=VALUE texts as a mapping."""
+    pairs = [text.partition("=") for text in texts]
+    if odd := [text for text, (name, equals, _) in zip(texts, pairs, strict=True) if not (name and equals)]:
+        raise typer.BadParameter(f"{odd[0]!r}; allowed: NAME=VALUE", param_hint=option)
+    return {name: value for name, _, value in pairs}
 
 
 def print_decision(decision: GateDecision) -> None:

@@ -1,16 +1,33 @@
-"""`qcore repo`: prove a store, make a signed repository in it, look at it, keep it fresh."""
+"""`qcore repo`: prove a store, make a signed repository in it, look at it, keep it fresh, take releases back."""
 
-from datetime import UTC, datetime
-from typing import Annotated
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qcore.cli import options as opt
-from qcore.cli.output import print_facts, print_json, print_table
+from qcore.cli import signing
+from qcore.cli.output import print_facts, print_json, print_table, size
 from qcore.cli.workspace import make_repository
 from qcore.errors import ReleaseError
+from qcore.steps import repository as steps
+
+if TYPE_CHECKING:
+    from qcore.release.withdrawal import Withdrawal
 
 app = typer.Typer(help="The signed repository that devices read.", no_args_is_help=True, rich_markup_mode=None)
+app.command("new-key")(signing.new_key)
+app.command("draft")(signing.draft)
+app.command("sign")(signing.sign)
+app.command("approve")(signing.approve)
+app.command("propose")(signing.propose)
+app.command("cosign")(signing.cosign)
+app.command("submit")(signing.submit)
+app.command("rotate")(signing.rotate)
+
+WARNINGS = {"good": "", "half": "half its life is gone", "quarter": "SIGN AGAIN NOW", "expired": "EXPIRED"}
+ReleaseTarget = Annotated[str, typer.Option("--target", help="The release: models/FAMILY/VERSION.qpkg.")]
 
 
 @app.command("init")
@@ -18,9 +35,20 @@ def init(
     repository: opt.Repository,
     keys: opt.Keys,
     channel: Annotated[list[str] | None, typer.Option("--channel", help="Channel to create; repeatable.")] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Draft that the offline keys signed; --keys then holds online keys.")
+    ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Make an empty repository and a set of development keys; again after an interruption, what is missing."""
+    """Make an empty repository and a set of development keys; again after an interruption, what is missing.
+
+    With --root: the production ceremony of docs/keys.md; no key is made.
+    """
+    if root is not None:
+        pinned = steps.init_signed(repository=repository, keys=keys, draft=root)
+        facts = {"repository": str(repository), "root": str(pinned)}
+        print_json(facts) if as_json else print_facts("Repository", facts)
+        return
     channels = channel or ["stable"]
     if not make_repository(repository, keys, channels):
         raise ReleaseError(f"{keys} and {repository} are complete already; nothing is overwritten; pass other folders")
@@ -50,7 +78,10 @@ def import_key(
 
 @app.command("status")
 def status(repository: opt.Repository, as_json: opt.AsJson = False) -> None:
-    """Show every role: version, what is left of its life, and how many keys must sign."""
+    """Show every role: version, what is left of its life, and how many keys must sign.
+
+    A role with less than half of its life left is marked, with less than a quarter loudly: `refresh` does not run.
+    """
     from qcore.release.location import open_store
     from qcore.release.repository import status as read_status
 
@@ -60,9 +91,16 @@ def status(repository: opt.Repository, as_json: opt.AsJson = False) -> None:
         return
     print_table(
         f"Repository {repository}",
-        ("role", "version", "expires", "left", "signatures"),
+        ("role", "version", "expires", "left", "signatures", "warning"),
         [
-            (r.role, str(r.version), f"{r.expires:%Y-%m-%d %H:%M}", _left(r.remaining), f"{r.threshold} of {r.keys}")
+            (
+                r.role,
+                str(r.version),
+                f"{r.expires:%Y-%m-%d %H:%M}",
+                _left(r.remaining),
+                f"{r.threshold} of {r.keys}",
+                WARNINGS[r.level],
+            )
             for r in rows
         ],
     )
@@ -71,11 +109,7 @@ def status(repository: opt.Repository, as_json: opt.AsJson = False) -> None:
 @app.command("refresh")
 def refresh(repository: opt.Repository, keys: opt.Keys, as_json: opt.AsJson = False) -> None:
     """Sign again what nears its expiry; run it on a schedule."""
-    from qcore.release.keys import load_keys
-    from qcore.release.location import open_store
-    from qcore.release.repository import refresh as sign_again
-
-    roles = sign_again(open_store(repository), load_keys(keys), now=datetime.now(UTC))
+    roles = steps.refresh(repository=repository, keys=keys)
     if as_json:
         print_json({"signed": list(roles)})
     else:
@@ -100,8 +134,78 @@ def doctor(repository: opt.Repository, as_json: opt.AsJson = False) -> None:
     refuse_unproven(probes)
 
 
-def _left(remaining: object) -> str:
-    seconds = int(getattr(remaining, "total_seconds")())  # noqa: B009 - a timedelta, typed by its owner
+@app.command("yank")
+def yank(
+    repository: opt.Repository,
+    keys: opt.Keys,
+    target: ReleaseTarget,
+    channel: Annotated[list[str] | None, typer.Option("--channel", help="From which; default: all held.")] = None,
+    to: Annotated[str | None, typer.Option("--to", help="Older release that devices shall go back to.")] = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Take a release out of channels: nobody new gets it; who has it keeps it, or goes back with --to."""
+    _print(steps.yank(repository=repository, keys=keys, target=target, channels=channel or (), to=to), as_json)
+
+
+@app.command("revoke")
+def revoke(repository: opt.Repository, keys: opt.Keys, target: ReleaseTarget, as_json: opt.AsJson = False) -> None:
+    """Forbid a release and all before it to every device, for ever: raises the security floor above it."""
+    _print(steps.revoke(repository=repository, keys=keys, target=target), as_json)
+
+
+@app.command("audit")
+def audit(
+    repository: opt.Repository,
+    target: ReleaseTarget,
+    root: Annotated[Path, typer.Option("--root", help="The pinned root.json; the repository's own proves nothing.")],
+    tracking: Annotated[str | None, typer.Option("--tracking", help="MLflow URI to compare with.")] = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Tell a release's story again: bytes, evidence, approval, signatures, records. Exit code 1 if anything is off."""
+    from qcore.steps.auditing import audit as tell
+
+    found = tell(repository=repository, root=root, target=target, tracking=tracking)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_table(f"Audit of {target}", ("", "", "found"), [(f.what, f.state, f.detail) for f in found.findings])
+        print("sound: everything that was checked fits" if found.sound else "NOT sound: see what does not fit")
+    if not found.sound:
+        raise typer.Exit(1)
+
+
+@app.command("export")
+def export(
+    repository: opt.Repository,
+    keys: opt.Keys,
+    out: opt.Out,
+    family: Annotated[str | None, typer.Option("--family", help="Only this one.")] = None,
+    channel: Annotated[str | None, typer.Option("--channel", help="Only this one.")] = None,
+    days: Annotated[
+        int | None, typer.Option("--days", help="Sign it to count so long (up to 30); needs the online keys.")
+    ] = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Write what channels offer into one file, for devices without a network: `qcore-device install --bundle`."""
+    done = steps.export(repository=repository, keys=keys, out=out, family=family, channel=channel, days=days)
+    if as_json:
+        print_json(done.to_json())
+    else:
+        facts = {"bundle": done.path, "offers": ", ".join(done.offers), "size": size(done.size_bytes)}
+        print_facts("Bundle", {**facts, "devices take it until": done.expires})
+
+
+def _print(done: "Withdrawal", as_json: bool) -> None:
+    if as_json:
+        print_json(done.to_json())
+        return
+    instead = ", ".join(f"{c}: {r or 'nothing'}" for c, r in done.instead.items())
+    facts = {"release": done.release, "yanked from": ", ".join(done.channels) or "no channel"}
+    print_facts("Taken back", {**facts, "offered now": instead, "floor": str(done.floor)})
+
+
+def _left(remaining: timedelta) -> str:
+    seconds = int(remaining.total_seconds())
     if seconds <= 0:
         return "expired"
     return f"{seconds // 86400} d {seconds % 86400 // 3600} h"

@@ -11,12 +11,13 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn, cast
 
 from qcore.canonical import Json
-from qcore.device.config import DeviceConfig, load_config
+from qcore.device.config import DeviceConfig, bundle_address, load_config
 from qcore.errors import ConfigError, QcoreError
 from qcore.files import write_json
 
@@ -28,7 +29,7 @@ VERBS = {
     "rollback": "go back to the previous release and quarantine this one",
     "report": "write the state as JSON, for the fleet",
 }
-OPTIONS = ("--config", "--json", "--retry", "--out", "--help")
+OPTIONS = ("--config", "--json", "--retry", "--bundle", "--out", "--help")
 KEY_SERVICE_SDKS = ("boto3", "azure.identity", "google.cloud.kms", "pkcs11")
 
 
@@ -39,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from qcore.device.refusals import code_of, explained
     try:
         with explained(args.verb):
-            answer = _answer(load_config(args.config), args)
+            config = load_config(args.config)
+            if args.bundle is not None:
+                config = replace(config, repository=bundle_address(args.bundle))
+            answer = _answer(config, args)
             if args.out is not None:
                 write_json(args.out, answer)
     except QcoreError as e:
@@ -84,13 +88,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options = _Parser(add_help=False)
     options.add_argument("--config", type=Path, required=True, metavar="FILE", help="the device's TOML file")
     options.add_argument("--json", action="store_true", help="write one JSON object")
-    options.set_defaults(retry=False, out=None)
+    options.set_defaults(retry=False, bundle=None, out=None)
     parser = _Parser(prog="qcore-device", description="Keep this device on the release that its channel offers.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text, parents=[options], allow_abbrev=False)
         if verb == "install":
             sub.add_argument("--retry", action="store_true", help="try a quarantined release once more")
+        if verb in ("check", "install"):
+            sub.add_argument("--bundle", type=Path, metavar="FILE", help="read this bundle instead of the repository")
         if verb == "report":
             sub.add_argument("--out", type=Path, metavar="FILE", help="write the report here too")
     unknown = [w for w in argv if w.startswith("--") and w.split("=")[0] not in OPTIONS]

@@ -13,6 +13,7 @@ from typing import Any
 from qcore.errors import ConfigError
 from qcore.release.manifest import check_name
 
+BUNDLE_PREFIX = "file:"
 SELFTEST = (sys.executable, "-m", "qcore.runtime.selftest")
 EXAMPLES = {
     "selftest": '["python3", "check.py"]',
@@ -34,7 +35,8 @@ class DeviceConfig:
         device_id: stable name of this device, `[a-z0-9._-]`.
         hardware: the hardware class that releases must name, e.g. `x86-vnni`.
         family: the model family that this device runs.
-        repository: folder, or `http(s)://` address, that holds `metadata/` and `targets/`.
+        repository: folder or `http(s)://` address that holds `metadata/` and `targets/`, or `file:` and the path of a
+            bundle that `qcore repo export` wrote.
         root: file with the trusted root metadata.
         state_dir: folder of slots, metadata cache and high-water mark; on one file system.
         channel: the channel that this device follows.
@@ -81,6 +83,11 @@ class DeviceConfig:
             raise ConfigError("repository is empty; give a folder or an http(s) address")
 
 
+def bundle_address(path: Path) -> str:
+    """Return the `repository` that stands for the bundle `path`."""
+    return f"{BUNDLE_PREFIX}{path.absolute()}"
+
+
 def load_config(path: Path) -> DeviceConfig:
     """Return the configuration in the TOML file `path`; relative paths in it are relative to its folder.
 
@@ -121,8 +128,15 @@ def _value(path: Path, key: str, value: object) -> Any:
         raise ConfigError(f"{path}: {key} is {value!r}; expected true or false")
     if not isinstance(value, str):
         raise ConfigError(f"{path}: {key} is {value!r}; expected a string in quotes")
+    return _text(path.parent.absolute(), key, value)
+
+
+def _text(folder: Path, key: str, value: str) -> str | Path:
+    """Return a text as its key means it; paths are relative to the file's `folder`."""
     if key in ("root", "state_dir"):
-        return path.parent.absolute() / value
+        return folder / value
+    if key == "repository" and value.startswith(BUNDLE_PREFIX):
+        return bundle_address(folder / value.removeprefix(BUNDLE_PREFIX))
     if key == "repository" and value and "://" not in value:
-        return str(path.parent.absolute() / value)
+        return str(folder / value)
     return value

@@ -1,4 +1,4 @@
-"""Where releases come from: a folder or a web server behind tuf's fetcher interface, and the bounded download.
+"""Where releases come from (a folder, a server, a bundle) behind tuf's fetcher interface, and the bounded download.
 
 ngclient verifies metadata; targets are downloaded here, into a part file on the device's own disk, because ngclient
 uses a temporary file elsewhere and never syncs. Resuming is not here yet.
@@ -16,7 +16,8 @@ from tuf.api.metadata import TargetFile
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 from tuf.ngclient.urllib3_fetcher import Urllib3Fetcher
 
-from qcore.device.config import DeviceConfig
+from qcore.device.bundle import BUNDLE_BASE, BundleFetcher
+from qcore.device.config import BUNDLE_PREFIX, DeviceConfig
 from qcore.device.refusals import refusal
 from qcore.errors import ConfigError
 
@@ -93,13 +94,20 @@ def open_source(config: DeviceConfig) -> Source:
         raise ConfigError(
             f"root {config.root} cannot be read: {e.strerror}; copy the repository's root.json there"
         ) from e
-    web = config.repository.startswith(("http://", "https://"))
-    fetcher = Urllib3Fetcher(socket_timeout=TIMEOUT_S) if web else FolderFetcher()
-    base = config.repository.rstrip("/") if web else f"file://{config.repository}"
+    fetcher, base = _access(config.repository)
     cache = config.state_dir / "metadata"
     updater = Updater(str(cache), f"{base}/metadata/", fetcher=fetcher, config=LIMITS, bootstrap=pinned)
     updater.refresh()
     return Source(updater=updater, fetcher=fetcher, targets_url=f"{base}/targets")
+
+
+def _access(repository: str) -> tuple[FetcherInterface, str]:
+    """Return how `repository` is read, and the address of its top folder."""
+    if repository.startswith(("http://", "https://")):
+        return Urllib3Fetcher(socket_timeout=TIMEOUT_S), repository.rstrip("/")
+    if repository.startswith(BUNDLE_PREFIX):
+        return BundleFetcher(Path(repository.removeprefix(BUNDLE_PREFIX))), BUNDLE_BASE
+    return FolderFetcher(), f"file://{repository}"
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

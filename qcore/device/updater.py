@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+import urllib3
+from tuf.api.exceptions import DownloadError
 from tuf.api.metadata import Metadata, Root, TargetFile, Timestamp
 
 from qcore.canonical import Digest, Json, sha256_json
@@ -138,6 +140,7 @@ def install(config: DeviceConfig, *, retry: bool = False) -> Installed:
         sweep(config.state_dir)
         slot = _stage(config, source, offer.release, target)
         _try(config, slot)
+        _refuse_withdrawn(config, offer.release)
         switch(config.state_dir, slot)
         _quarantine(config, offer.release.sha256, None)
         sweep(config.state_dir)
@@ -155,6 +158,13 @@ def rollback(config: DeviceConfig) -> Installed:
         if previous is None or (current is not None and current.record.sha256 == previous.record.sha256):
             raise refusal(
                 "E_NO_PREVIOUS", "no previous release is kept here; install a release, or publish an older one"
+            )
+        floor = load_state(config.state_dir).floor
+        if previous.record.counter < floor:
+            raise refusal(
+                "E_ROLLBACK",
+                f"{previous.record.version} is revoked: counter {previous.record.counter} is below the floor {floor}; "
+                "install a release instead",
             )
         if reason := damage(previous):
             raise refusal("E_HASH", f"{reason}; install a release instead")
@@ -176,6 +186,7 @@ def status(config: DeviceConfig) -> Json:
         "family": config.family,
         "channel": config.channel,
         "state": "serving" if whole else "broken" if current else "empty",
+        "revoked": current is not None and current.record.counter < state.floor,
         "active": {**asdict(current.record), "slot": str(current.path)} if current else None,
         "previous": previous.record.version if previous and previous != current else None,
         "epoch": state.epochs.get(_pointer_path(config), 0),
@@ -253,6 +264,9 @@ def _find_offer(config: DeviceConfig, source: Source) -> tuple[Offer, TargetFile
             f"{path} points at {pointer['release']}, which gate and publisher did not sign; do not trust it",
         )
     custom = _checked(target, SIGNED_FIELDS)
+    raised = source.updater.get_targetinfo(f"models/{config.family}/floor.json")
+    if raised is not None:
+        custom = {**custom, "floor": max(custom["floor"], _checked(raised, {"floor": int})["floor"])}
     state = _raise_mark(config, path, pointer, custom)
     if (reason := unmet(compatibility_from_json(custom["compat"]), device_facts(config))) is not None:
         raise refusal("E_INCOMPATIBLE", f"{name[2]} {reason}; the active model is unchanged")
@@ -332,6 +346,21 @@ def _try(config: DeviceConfig, slot: Slot) -> None:
             "E_SELFTEST",
             f"{slot.record.version} failed its self-test here: {verdict.reason}; it is quarantined, the active "
             "model is unchanged; publish a new version",
+        )
+
+
+def _refuse_withdrawn(config: DeviceConfig, release: Record) -> None:
+    """Refuse a release that was taken back while it was downloaded and tried; one out of reach says nothing."""
+    try:
+        later = _find_offer(config, _open(config))[0]
+    except (DownloadError, urllib3.exceptions.HTTPError):
+        return
+    if later.release.sha256 != release.sha256 or later.action == "held":
+        sweep(config.state_dir)
+        raise refusal(
+            "E_NO_RELEASE",
+            f"{release.version} was taken back, or another release took its place, while it was installed; the active "
+            "model is unchanged; check again",
         )
 
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from securesystemslib.signer import Key, Signer, SSlibKey
+from tuf.api.metadata import Root
 
 from qcore.errors import ReleaseError
 from qcore.files import fsync_dir, write_atomic
@@ -32,6 +34,10 @@ ROOT_NAMES = ("root1", "root2", "root3")
 """Offline keys of the roles root and targets."""
 ROOT_THRESHOLD = 2
 ONLINE_NAMES = ("gate", "publisher", "snapshot", "timestamp")
+OLD = ".old"
+"""Behind the name of a key that is being rotated out; only snapshot and timestamp have a time with both keys."""
+NEW = ".new"
+"""Behind the name of a key that is made for a rotation which is not finished; it signs nothing yet."""
 GATE = "gate"
 PUBLIC_GATE = "gate.pub"
 """The gate's public key, for whoever checks evidence without the repository."""
@@ -75,9 +81,29 @@ class KeyRing:
             )
         return self.signers[name]
 
+    def public_key(self, name: str) -> Key:
+        """Return the public key of `name`: of the signer that is held, else of the file `name.pub` beside the ring.
+
+        Raises:
+            ReleaseError: there is neither.
+        """
+        public = self.folder / f"{name}.pub"
+        return load_public_key(public) if name not in self.signers and public.exists() else self.signer(name).public_key
+
     def channel(self, channel: str) -> Signer:
         """Return the signer of the channel `channel`."""
         return self.signer(f"channel-{channel}")
+
+    def for_role(self, name: str, root: Root) -> tuple[Signer, ...]:
+        """Return the signers of the top role `name` that `root` trusts: two while its key is being rotated.
+
+        Raises:
+            ReleaseError: none of them is held.
+        """
+        known = root.roles[name].keyids
+        held = [self.signers[n] for n in (name, f"{name}{OLD}") if n in self.signers]
+        trusted = tuple(s for s in held if s.public_key.keyid in known)
+        return trusted or (self.signer(name),)  # a wrong key is refused where its signature is verified
 
     @property
     def root(self) -> tuple[Signer, ...]:
@@ -148,27 +174,42 @@ def load_keys(folder: Path) -> KeyRing:
     Raises:
         ReleaseError: no such folder, no key in it, or a file that is not a private key.
     """
+    ring = load_ring(folder)
+    if not ring.signers:
+        raise ReleaseError(
+            f"no signing keys in {folder}; expected *.pem or *.signer.json; make them with `qcore repo init`"
+        )
+    return ring
+
+
+def load_ring(folder: Path) -> KeyRing:
+    """Return the ring in `folder`, which may hold no private key at all: only the pinned root and public keys.
+
+    Raises:
+        ReleaseError: a file in it is not a private key, or one is there twice.
+    """
     signers: dict[str, Signer] = {}
     for suffix in (".pem", SERVICE_SUFFIX):
-        paths = [folder / f"{n}{suffix}" for n in (*ROOT_NAMES, *ONLINE_NAMES)]
-        for path in (*(p for p in paths if p.exists()), *sorted(folder.glob(f"channel-*{suffix}"))):
+        names = (*ROOT_NAMES, *ONLINE_NAMES, f"snapshot{OLD}", f"timestamp{OLD}")
+        paths = [folder / f"{n}{suffix}" for n in names]
+        spare = (f"{NEW}{suffix}", f"{OLD}{suffix}")
+        channels = (p for p in sorted(folder.glob(f"channel-*{suffix}")) if not p.name.endswith(spare))
+        for path in (*(p for p in paths if p.exists()), *channels):
             name = path.name.removesuffix(suffix)
             if name in signers:
                 raise ReleaseError(f"{folder} holds {name} twice, as file and in a service; remove one of them")
             signers[name] = load_signer(path)
-    if not signers:
-        raise ReleaseError(
-            f"no signing keys in {folder}; expected *.pem or *.signer.json; make them with `qcore repo init`"
-        )
     return KeyRing(folder=folder, signers=signers)
 
 
 def load_signer(path: Path) -> Signer:
-    """Return the signer that the file `path` holds (`.pem`) or names (`.signer.json`).
+    """Return the signer that the file `path` holds (`.pem`) or names (`.signer.json`); of a folder, the gate's in it.
 
     Raises:
         ReleaseError: the file is missing, damaged or does not open; see `signer_of_pem` and `signer_of_service`.
     """
+    if path.is_dir():
+        return load_keys(path).signer(GATE)
     return signer_of_service(path) if path.name.endswith(SERVICE_SUFFIX) else signer_of_pem(path)
 
 
@@ -178,10 +219,7 @@ def import_signer(folder: Path, name: str, uri: str) -> Path:
     Raises:
         ReleaseError: there is no such role, it has a key already, or the service does not answer.
     """
-    roles = (*ROOT_NAMES, *ONLINE_NAMES)
-    if name not in roles and not name.startswith("channel-"):
-        raise ReleaseError(f"no role signs with a key named {name!r}; allowed: {', '.join(roles)}, channel-NAME")
-    check_name("signer", name, ReleaseError)
+    refuse_unknown_name(name)
     path = folder / f"{name}{SERVICE_SUFFIX}"
     for held in (folder / f"{name}.pem", path):
         if held.exists():
@@ -195,6 +233,18 @@ def import_signer(folder: Path, name: str, uri: str) -> Path:
     except OSError as e:
         raise ReleaseError(f"{path} cannot be written: {e.strerror}; pass a folder you can write to") from e
     return path
+
+
+def refuse_unknown_name(name: str) -> None:
+    """Refuse a key name that no role has.
+
+    Raises:
+        ReleaseError: it is none of the ring's names.
+    """
+    roles = (*ROOT_NAMES, *ONLINE_NAMES)
+    if name not in roles and not name.startswith("channel-"):
+        raise ReleaseError(f"no role signs with a key named {name!r}; allowed: {', '.join(roles)}, channel-NAME")
+    check_name("signer", name, ReleaseError)
 
 
 def create_key(path: Path) -> Signer:
@@ -212,6 +262,78 @@ def create_key(path: Path) -> Signer:
     except OSError as e:
         raise ReleaseError(f"key {path} cannot be written: {e.strerror}; pass a path you can write to") from e
     return load_signer(path)
+
+
+def fresh_key(folder: Path, name: str, given: Path | None = None) -> Signer:
+    """Return the key that shall replace `name`, in `name.new.pem`: made here, or a copy of the file `given`.
+
+    One that an interrupted rotation left is taken up again.
+
+    Raises:
+        ReleaseError: it cannot be written.
+    """
+    suffix = SERVICE_SUFFIX if given is not None and given.name.endswith(SERVICE_SUFFIX) else ".pem"
+    path = folder / f"{name}{NEW}{suffix}"
+    if path.exists():
+        return load_signer(path)
+    if given is None:
+        return create_key(path)
+    load_signer(given)
+    try:
+        _write_private(path, given.read_bytes())
+        fsync_dir(folder)
+    except OSError as e:
+        raise ReleaseError(f"{path} cannot be written: {e.strerror}; pass a folder you can write to") from e
+    return load_signer(path)
+
+
+def adopt_key(folder: Path, name: str) -> None:
+    """Make the key in `name.new` the key `name`; the former one becomes `name.old`. Done already is success.
+
+    Raises:
+        ReleaseError: the files cannot be renamed.
+    """
+    suffixes = (".pem", SERVICE_SUFFIX)
+    try:
+        fresh = [folder / f"{name}{NEW}{s}" for s in suffixes if (folder / f"{name}{NEW}{s}").exists()]
+        for suffix in suffixes if fresh else ():
+            held = folder / f"{name}{suffix}"
+            if held.exists():
+                held.replace(folder / f"{name}{OLD}{suffix}")
+        for path in fresh:
+            path.replace(folder / path.name.replace(NEW, "", 1))
+        fsync_dir(folder)
+        if name == GATE:
+            write_atomic(folder / PUBLIC_GATE, public_pem(load_keys(folder).signer(GATE).public_key))
+    except OSError as e:
+        raise ReleaseError(f"keys in {folder} cannot be renamed: {e.strerror}; check the folder, rotate again") from e
+
+
+def retire_key(folder: Path, name: str) -> None:
+    """Move `name.old` out of the ring, into its folder `retired`; keys are never deleted here.
+
+    Raises:
+        ReleaseError: it cannot be moved.
+    """
+    try:
+        for suffix in (".pem", SERVICE_SUFFIX):
+            path = folder / f"{name}{OLD}{suffix}"
+            if path.exists():
+                keyid = load_signer(path).public_key.keyid
+                (folder / "retired").mkdir(mode=0o700, exist_ok=True)
+                path.replace(folder / "retired" / f"{name}-{keyid[:8]}{suffix}")
+        fsync_dir(folder)
+    except OSError as e:
+        raise ReleaseError(f"keys in {folder} cannot be moved: {e.strerror}; check the folder") from e
+
+
+def public_pem(key: Key) -> bytes:
+    """Return the public `key` as PEM."""
+    public = str(key.keyval["public"])
+    if key.keytype != "ed25519":
+        return public.encode()
+    crypto = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
+    return crypto.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def load_public_key(path: Path) -> Key:

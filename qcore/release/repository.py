@@ -1,32 +1,30 @@
 """The repository of releases: who may publish what, and the one function that publishes.
 
 One TUF repository per tenant. `targets` (offline keys) delegates `models-<family>` to the gate key AND the publisher
-key, and `channel-<name>` to one online key per channel. A release is a package, its evidence and, in the same commit,
-the channel's pointer to it. Everything is recomputed from bytes and from signed metadata; the caller's word counts for
-nothing. How a commit is made safe is in `metadata.py`, what the gate's key may sign in `cosign.py`.
-
-Removing, revoking, rolling out in steps and rotating keys are not here yet.
+key, says which policies and evaluation data are approved for it, and delegates `channel-<name>` to one online key per
+channel. A release is a package, its evidence and, in the same commit, the channel's pointer to it. Everything is
+recomputed from bytes and from signed metadata; the caller's word counts for nothing. How a commit is made safe is in
+`metadata.py`, what the gate's key may sign in `cosign.py`; taking releases back is in `withdrawal.py`, new keys in
+`rotation.py`.
 """
 
-import copy
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from securesystemslib.signer import Key, Signer
-from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Root, TargetFile, Targets
+from securesystemslib.signer import Key
+from tuf.api.metadata import DelegatedRole, Metadata, Root, Targets
 
-from qcore.canonical import Digest, Json, canonical_json, sha256_bytes
+from qcore.canonical import Digest, Json, sha256_bytes
 from qcore.errors import ReleaseError
 from qcore.files import write_atomic
-from qcore.release.cosign import Proof, check_evidence, cosign, evidence_path, max_counter
+from qcore.release.approval import APPROVED, Approval, Grant, widened
+from qcore.release.canary import TIMESTAMP_KEY
+from qcore.release.cosign import check_evidence, cosign, floor_of
 from qcore.release.keys import ROOT_THRESHOLD, KeyRing
 from qcore.release.manifest import check_name
 from qcore.release.metadata import (
-    TIMESTAMP_KEY,
     Change,
     Draft,
     Trusted,
@@ -40,25 +38,25 @@ from qcore.release.metadata import (
     transact,
     utc,
 )
+from qcore.release.pointer import pointed_at, pointer_path, read_pointer, write_pointer
+from qcore.release.proposal import Candidate, Submission, cosigned_draft, inspect, objects_of, terms_of, with_release
+from qcore.release.roles import (
+    approval_of,
+    channel_role,
+    custom_of,
+    delegate,
+    delegate_family,
+    delegation,
+    gate_keys,
+    held_signers,
+    known_family,
+    next_version,
+    object_key,
+    retired_gate_keys,
+)
 from qcore.release.store import ObjectStore
-from qcore.release.subject import opened_package
 
-POINTER_SCHEMA = 1
-FLOOR = 0
-"""Security floor of new releases: no counter is below it. Raising it is `revoke`, not here yet."""
-ALL_DEVICES = 10_000
-"""`permyriad` of a release that every device of the channel takes."""
-GATE_KEYIDS = "x-qcore-gate-keyids"
-"""Field of a `models-*` delegation, signed offline: which of its keys is the gate's."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Submission:
-    """What is to be published: a package file, its evidence, and the channel that shall point at it."""
-
-    package: Path
-    evidence: bytes
-    channel: str = "stable"
+Level = Literal["good", "half", "quarter", "expired"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +73,7 @@ class Release:
     model_sha256: Digest
     evidence_target: str
     metadata_version: int
+    provenance_target: str | None = None
 
     def to_json(self) -> Json:
         """Return the JSON form for `--json`."""
@@ -83,7 +82,11 @@ class Release:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoleStatus:
-    """One role: its version, when it expires, what is left of that, and how many of its keys must sign."""
+    """One role: its version, when it expires, what is left of that, and how many of its keys must sign.
+
+    `level` says how much of a new signature's life is left: more than half (`good`), less (`half`), less than a quarter
+    (`quarter`), or nothing.
+    """
 
     role: str
     version: int
@@ -91,6 +94,7 @@ class RoleStatus:
     remaining: timedelta
     keys: int
     threshold: int
+    level: Level
 
     def to_json(self) -> Json:
         """Return the JSON form for `--json`: times in ISO 8601, `remaining_s` in seconds."""
@@ -101,6 +105,7 @@ class RoleStatus:
             "remaining_s": int(self.remaining.total_seconds()),
             "keys": self.keys,
             "threshold": self.threshold,
+            "level": self.level,
         }
 
 
@@ -122,7 +127,7 @@ def init_repository(store: ObjectStore, keys: KeyRing, channels: Sequence[str], 
     targets = Targets()
     for channel in channels:
         key = keys.channel(channel).public_key
-        _delegate(targets, f"channel-{channel}", [key], [f"channels/{channel}/*/*"])
+        delegate(targets, f"channel-{channel}", [key], [f"channels/{channel}/*/*"])
     drafts = {"targets": Draft(role=targets, signers=keys.root)}
     drafts |= {f"channel-{c}": Draft(role=Targets(), signers=[keys.channel(c)]) for c in channels}
     write_atomic(keys.pinned_root, root_bytes)
@@ -131,57 +136,78 @@ def init_repository(store: ObjectStore, keys: KeyRing, channels: Sequence[str], 
     return root_bytes
 
 
-def add_family(store: ObjectStore, keys: KeyRing, family: str, *, now: datetime) -> None:
-    """Delegate `models/<family>/*` to gate key and publisher key, both required; done already is success.
+def approve(store: ObjectStore, keys: KeyRing, grant: Grant, *, now: datetime) -> Approval:
+    """Return what is approved for the family of `grant` after it; a family that is new is delegated.
 
     Raises:
-        ReleaseError: the family is new and the ring does not hold the offline keys.
+        ReleaseError: the ring does not hold the offline keys.
     """
-    check_name("family", family, ReleaseError)
+    check_name("family", grant.family, ReleaseError)
     now = utc(now)
-    name = f"models-{family}"
 
     def decide(trusted: Trusted) -> Change | None:
-        if name in trusted.delegated:
+        targets = approved_targets(trusted, keys, grant, now)
+        if targets is None:
             return None
-        if len(keys.root) < ROOT_THRESHOLD:
+        held = held_signers(keys, "targets")
+        if not held:
             raise ReleaseError(
-                f"family {family!r} is new here and needs the offline root keys once ({len(keys.root)} of "
-                f"{ROOT_THRESHOLD} held); add the family where they are, then publish again"
+                f"approving needs the offline root keys ({len(keys.root)} of {ROOT_THRESHOLD} held); run this where "
+                "they are, or write a draft for them with --draft"
             )
-        targets = _next_version(trusted.targets, now + lifetime("targets"))
-        signers = [keys.signer("gate"), keys.signer("publisher")]
-        role = _delegate(targets, name, [s.public_key for s in signers], [f"models/{family}/*"])
-        role.unrecognized_fields[GATE_KEYIDS] = [signers[0].public_key.keyid]
-        drafts = {"targets": Draft(role=targets, signers=keys.root), name: Draft(role=Targets(), signers=signers)}
-        return Change(drafts=drafts)
+        record = {"action": "approve", "family": grant.family, "only": grant.only, **grant.approval.to_json()}
+        return Change(drafts={"targets": Draft(role=targets, signers=held)}, record=record)
 
-    transact(store, keys, now, decide)
+    trusted = transact(store, keys, now, decide)
+    return approval_of(known_family(trusted, grant.family))
+
+
+def approved_targets(trusted: Trusted, keys: KeyRing, grant: Grant, now: datetime) -> Targets | None:
+    """Return the next `targets` role, in which the family is known and `grant` done; None if it says that already."""
+    targets = next_version(trusted.targets, now + lifetime("targets"))
+    role = delegation(targets, f"models-{grant.family}")
+    if role is None:
+        both = [keys.public_key("gate"), keys.public_key("publisher")]
+        delegate_family(targets, grant.family, both, grant.approval)
+        return targets
+    wanted = grant.approval if grant.only else widened(approval_of(role), grant.approval)
+    if wanted == approval_of(role):
+        return None
+    role.unrecognized_fields[APPROVED] = wanted.to_json()
+    return targets
+
+
+def introduce(store: ObjectStore, keys: KeyRing, candidate: Candidate, *, now: datetime) -> None:
+    """Make the candidate's family known, if it is new, with what its first evidence says approved: a development ring.
+
+    Raises:
+        GateRefused: no signed pass for exactly this package.
+        ReleaseError: the family is new and the root keys are not here.
+    """
+    family, now = candidate.proof.manifest.family, utc(now)
+    if delegation(load_current(store, keys, now).targets, f"models-{family}") is None:
+        approve(store, keys, _first_grant(candidate, keys, now), now=now)
 
 
 def publish_release(store: ObjectStore, submission: Submission, keys: KeyRing, *, now: datetime) -> Release:
     """Return the release after package, evidence and channel pointer are public in one commit.
 
     Publishing the same bytes again is success and changes nothing; a channel that points at a newer release is not
-    turned back by it.
+    turned back by it. A family that is new is delegated in the same commit where the root keys are held, and the policy
+    and data of this first evidence are then approved for it.
 
     Raises:
         PackageError: the package is not one that we made.
-        GateRefused: no signed pass for exactly this package, or a waiver that it rests on expired.
-        ReleaseError: the version exists with other bytes, a key or a delegation is missing, or the store failed.
+        GateRefused: no signed pass for exactly this package by an approved policy on approved data, or a waiver that it
+            rests on expired.
+        ReleaseError: the version exists with other bytes, was yanked or revoked, a key or a delegation is missing, the
+            store failed, or clients cannot read what was committed.
     """
     now = utc(now)
     check_name("channel", submission.channel, ReleaseError)
-    candidate = _inspect(submission)
+    candidate = inspect(submission)
     manifest = candidate.proof.manifest
-    trusted = load_current(store, keys, now)
-    _channel_role(trusted, submission.channel)
-    is_new = f"models-{manifest.family}" not in trusted.delegated
-    if is_new:
-        check_evidence(candidate.proof, [keys.signer("gate").public_key], now)  # a refused release must leave no trace
-        add_family(store, keys, manifest.family, now=now)
-    known = None if is_new else trusted
-    trusted = transact(store, keys, now, lambda current: _plan(current, candidate, keys, now), known)
+    trusted = transact(store, keys, now, lambda current: _plan(current, candidate, keys, now))
     return _release(trusted, manifest.family, manifest.version, submission.channel)
 
 
@@ -202,13 +228,13 @@ def refresh(store: ObjectStore, keys: KeyRing, *, now: datetime) -> tuple[str, .
         due = [n for n, signed in trusted.roles().items() if n != "root" and is_due(n, signed, now)]
         drafts: dict[str, Draft] = {}
         for name in due:
-            signers = _held_signers(keys, name)
+            signers = held_signers(keys, name)
             if name in ("snapshot", "timestamp") or not signers:
                 continue
             old = trusted.targets if name == "targets" else trusted.delegated[name]
-            new = _next_version(old, now + lifetime(name))
+            new = next_version(old, now + lifetime(name))
             if name.startswith("models-"):
-                cosign(old, new, {}, _gate_keys(trusted, name), now)
+                cosign(old, new, {}, terms_of(trusted, name.removeprefix("models-"), now))
             drafts[name] = Draft(role=new, signers=signers)
         if not drafts and not {"snapshot", "timestamp"} & set(due):
             return None
@@ -244,9 +270,17 @@ def status(store: ObjectStore, *, now: datetime) -> tuple[RoleStatus, ...]:
                 remaining=signed.expires - now,
                 keys=len(role.keyids),
                 threshold=role.threshold,
+                level=_level(name, signed.expires - now),
             )
         )
     return tuple(rows)
+
+
+def _level(role: str, left: timedelta) -> Level:
+    if left <= timedelta(0):
+        return "expired"
+    share = left / lifetime(role)
+    return "quarter" if share < 1 / 4 else "half" if share < 1 / 2 else "good"
 
 
 def trusted_gate_keys(store: ObjectStore, pinned: bytes, family: str | None) -> tuple[Key, ...]:
@@ -261,94 +295,99 @@ def trusted_gate_keys(store: ObjectStore, pinned: bytes, family: str | None) -> 
         ReleaseError: it does not verify, or has no such family. Expiry is not asked: what was signed stays true.
     """
     trusted = load_trusted(store, pinned)
-    roles = [n for n in trusted.delegated if n.startswith("models-") and family in (None, n.removeprefix("models-"))]
-    if not roles:
+    roles: Mapping[str, DelegatedRole] = (trusted.targets.delegations and trusted.targets.delegations.roles) or {}
+    wanted = [n for n in roles if n.startswith("models-") and family in (None, n.removeprefix("models-"))]
+    if not wanted:
         raise ReleaseError(f"this repository has no gate key for family {family or 'of any name'}; pass --key gate.pub")
-    return tuple({k.keyid: k for name in roles for k in _gate_keys(trusted, name)}.values())
+    named = [k for name in wanted for k in (*gate_keys(trusted, name), *retired_gate_keys(roles[name]))]
+    return tuple({k.keyid: k for k in named}.values())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Candidate:
-    """A submission after its bytes were read once and checked."""
-
-    package: bytes
-    proof: Proof
-    channel: str
-
-
-def _inspect(submission: Submission) -> _Candidate:
-    with opened_package(submission.package) as opened:
-        proof = Proof(sha256=opened.sha256, manifest=opened.manifest, evidence=submission.evidence)
-        return _Candidate(package=opened.data, proof=proof, channel=submission.channel)
-
-
-def _plan(trusted: Trusted, candidate: _Candidate, keys: KeyRing, now: datetime) -> Change | None:
+def _plan(trusted: Trusted, candidate: Candidate, keys: KeyRing, now: datetime) -> Change | None:
     """Return what must change so that the candidate is released and pointed at, None if nothing must."""
-    manifest = candidate.proof.manifest
-    name = f"models-{manifest.family}"
-    gate_keys = _gate_keys(trusted, name)
-    check_evidence(candidate.proof, gate_keys, now)
+    proof, manifest = candidate.proof, candidate.proof.manifest
+    name, path = f"models-{manifest.family}", f"models/{manifest.family}/{manifest.version}.qpkg"
+    channel = channel_role(trusted, candidate.channel)
     drafts: dict[str, Draft] = {}
+    if delegation(trusted.targets, name) is None:
+        trusted = _with_family(trusted, candidate, keys, now)
+        drafts["targets"] = Draft(role=trusted.targets, signers=held_signers(keys, "targets"))
+    check_evidence(proof, gate_keys(trusted, name), now)
     objects: dict[str, bytes] = {}
-    path = f"models/{manifest.family}/{manifest.version}.qpkg"
-    found = trusted.delegated[name].targets.get(path)
-    if found is None:
-        new = _with_release(trusted.delegated[name], path, candidate, now)
-        cosign(trusted.delegated[name], new, {path: candidate.proof}, gate_keys, now)
-        drafts[name] = Draft(role=new, signers=[keys.signer("gate"), keys.signer("publisher")])
-        objects[_object_key(new.targets[path])] = candidate.package
-        objects[_object_key(new.targets[evidence_path(path)])] = candidate.proof.evidence
-        found = new.targets[path]
-    elif found.hashes["sha256"] != candidate.proof.sha256:
+    models = trusted.delegated.get(name, Targets())
+    if path not in models.targets:
+        drafts[name] = _signed_release(trusted, candidate, keys, now)
+        models = drafts[name].role
+        objects |= objects_of(candidate, models)
+    found = models.targets[path]
+    if found.hashes["sha256"] != proof.sha256:
         raise ReleaseError(
             f"{manifest.family} {manifest.version} is published already with other bytes "
-            f"({found.hashes['sha256'][:12]}, not {candidate.proof.sha256[:12]}); choose a new version"
+            f"({found.hashes['sha256'][:12]}, not {proof.sha256[:12]}); choose a new version"
         )
-    channel = _channel_role(trusted, candidate.channel)
-    pointer_path = f"channels/{candidate.channel}/{manifest.family}/release.json"
-    pointer = _custom(channel.targets[pointer_path]) if pointer_path in channel.targets else {"epoch": 0, "counter": 0}
-    if pointer["counter"] < _custom(found)["counter"]:
-        role = _next_version(channel, now + lifetime("channel"))
-        content = canonical_json(_pointer(found, manifest.family, pointer["epoch"] + 1))
-        role.targets[pointer_path] = _target(pointer_path, content, json.loads(content))
+    _refuse_withdrawn(models, channel, path, candidate)
+    place = pointer_path(candidate.channel, manifest.family)
+    pointer = read_pointer(channel, place)
+    if pointer is None or pointer.counter < custom_of(found)["counter"]:
+        role = next_version(channel, now + lifetime("channel"))
+        content = write_pointer(role, place, pointed_at(found, manifest.family, pointer, floor_of(models)))
         drafts[f"channel-{candidate.channel}"] = Draft(role=role, signers=[keys.channel(candidate.channel)])
-        objects[_object_key(role.targets[pointer_path])] = content
-    return Change(drafts=drafts, objects=objects) if drafts else None
-
-
-def _with_release(old: Targets, path: str, candidate: _Candidate, now: datetime) -> Targets:
-    proof = candidate.proof
-    new = _next_version(old, now + lifetime("models"))
-    custom = {
-        "counter": max_counter(old) + 1,
-        "model_sha256": proof.manifest.model_sha256,
-        "evidence": evidence_path(path),
-        "compat": proof.manifest.compat.to_json(),
-        "flash_bytes": proof.manifest.flash_bytes,
-        "floor": FLOOR,
+        objects[object_key(role.targets[place])] = content
+    record = {
+        "action": "publish",
+        "release": path,
+        "channel": candidate.channel,
+        "package": proof.sha256,
+        "evidence": sha256_bytes(proof.evidence),
+        "counter": custom_of(found)["counter"],
     }
-    new.targets[path] = _target(path, candidate.package, custom)
-    new.targets[evidence_path(path)] = _target(evidence_path(path), proof.evidence, None)
-    return new
+    return Change(drafts=drafts, objects=objects, record=record) if drafts else None
 
 
-def _pointer(package: TargetFile, family: str, epoch: int) -> Json:
-    return {
-        "schema": POINTER_SCHEMA,
-        "epoch": epoch,
-        "state": "done",
-        "release": package.path,
-        "counter": _custom(package)["counter"],
-        "permyriad": ALL_DEVICES,
-        "salt": f"{family}:{epoch}",
-        "floor": FLOOR,
-    }
+def _with_family(trusted: Trusted, candidate: Candidate, keys: KeyRing, now: datetime) -> Trusted:
+    """Return the state with the candidate's family, whose first evidence says what is approved: a development ring."""
+    targets = approved_targets(trusted, keys, _first_grant(candidate, keys, now), now)
+    return trusted if targets is None else replace(trusted, targets=targets)
+
+
+def _first_grant(candidate: Candidate, keys: KeyRing, now: datetime) -> Grant:
+    """Return the grant of what the first evidence of a family was decided by: only where the root keys are."""
+    decision = check_evidence(candidate.proof, [keys.public_key("gate")], now)
+    if len(keys.root) < ROOT_THRESHOLD:
+        raise ReleaseError(
+            f"family {candidate.proof.manifest.family!r} is new here and needs the offline root keys once "
+            f"({len(keys.root)} of {ROOT_THRESHOLD} held); run `qcore repo approve` where they are, then publish again"
+        )
+    first = Approval(policies={decision.policy_sha256: "any"}, data=(decision.data_sha256,))
+    return Grant(family=candidate.proof.manifest.family, approval=first)
+
+
+def _signed_release(trusted: Trusted, candidate: Candidate, keys: KeyRing, now: datetime) -> Draft:
+    """Return the new models role, signed by the co-signer elsewhere, or here where the ring holds both keys."""
+    manifest = candidate.proof.manifest
+    if candidate.cosigned is not None:
+        return cosigned_draft(trusted, candidate, keys, now)
+    old = trusted.delegated.get(f"models-{manifest.family}", Targets())
+    new = with_release(old, candidate, now)
+    path = f"models/{manifest.family}/{manifest.version}.qpkg"
+    cosign(old, new, {path: candidate.proof}, terms_of(trusted, manifest.family, now))
+    return Draft(role=new, signers=[keys.signer("gate"), keys.signer("publisher")])
+
+
+def _refuse_withdrawn(models: Targets, channel: Targets, path: str, candidate: Candidate) -> None:
+    pointer = read_pointer(channel, pointer_path(candidate.channel, candidate.proof.manifest.family))
+    if custom_of(models.targets[path])["counter"] < floor_of(models):
+        raise ReleaseError(
+            f"{path} is revoked: its counter is below the floor {floor_of(models)}; publish a new version"
+        )
+    if pointer is not None and path in pointer.yanked:
+        raise ReleaseError(f"{path} was yanked from channel {candidate.channel!r}; publish a new version")
 
 
 def _release(trusted: Trusted, family: str, version: str, channel: str) -> Release:
     path = f"models/{family}/{version}.qpkg"
     target = trusted.delegated[f"models-{family}"].targets[path]
-    custom = _custom(target)
+    custom = custom_of(target)
     return Release(
         family=family,
         version=version,
@@ -360,29 +399,8 @@ def _release(trusted: Trusted, family: str, version: str, channel: str) -> Relea
         model_sha256=custom["model_sha256"],
         evidence_target=custom["evidence"],
         metadata_version=trusted.timestamp.version,
+        provenance_target=custom.get("provenance"),
     )
-
-
-def _gate_keys(trusted: Trusted, name: str) -> list[Key]:
-    """Return the keys that the offline-signed delegation names as the gate's."""
-    role = trusted.targets.get_delegated_role(name)
-    keyids = role.unrecognized_fields.get(GATE_KEYIDS, [])
-    return [trusted.targets.get_key(k) for k in keyids if k in role.keyids]
-
-
-def _channel_role(trusted: Trusted, channel: str) -> Targets:
-    if f"channel-{channel}" not in trusted.delegated:
-        known = ", ".join(n.removeprefix("channel-") for n in trusted.delegated if n.startswith("channel-"))
-        raise ReleaseError(f"channel {channel!r} does not exist here; allowed: {known}; publish to one of these")
-    return trusted.delegated[f"channel-{channel}"]
-
-
-def _held_signers(keys: KeyRing, role: str) -> Sequence[Signer]:
-    """Return the signers of `role` if the ring holds all that it needs, else none."""
-    if role == "targets":
-        return keys.root if len(keys.root) >= ROOT_THRESHOLD else ()
-    names = ("gate", "publisher") if role.startswith("models-") else (role,)
-    return [keys.signers[n] for n in names] if all(n in keys.signers for n in names) else ()
 
 
 def _first_root(store: ObjectStore, keys: KeyRing, now: datetime) -> bytes:
@@ -405,36 +423,3 @@ def _first_root(store: ObjectStore, keys: KeyRing, now: datetime) -> bytes:
     if (left.keys, left.roles) != (root.keys, root.roles) or found is None:
         raise ReleaseError("this store holds a root made with other keys; use those keys, or choose an empty store")
     return found.data
-
-
-def _delegate(targets: Targets, name: str, keys: Sequence[Key], paths: list[str]) -> DelegatedRole:
-    """Add to `targets` and return a terminating delegation that needs every one of `keys`."""
-    targets.delegations = targets.delegations or Delegations(keys={}, roles={})
-    role = DelegatedRole(name, [k.keyid for k in keys], len(keys), True, paths)
-    targets.delegations.roles = {**(targets.delegations.roles or {}), name: role}
-    targets.delegations.keys.update({k.keyid: k for k in keys})
-    return role
-
-
-def _next_version(role: Targets, expires: datetime) -> Targets:
-    new = copy.deepcopy(role)
-    new.version += 1
-    new.expires = expires
-    return new
-
-
-def _target(path: str, data: bytes, custom: Json) -> TargetFile:
-    fields = {} if custom is None else {"custom": custom}
-    return TargetFile(len(data), {"sha256": sha256_bytes(data)}, path, fields)
-
-
-def _custom(target: TargetFile) -> Mapping[str, Any]:
-    """Return the signed custom data of a package or a pointer."""
-    custom = target.custom
-    if not isinstance(custom, dict) or type(custom.get("counter")) is not int:
-        raise ReleaseError(f"{target.path}: its signed custom data hold no counter; it was not made by qcore publish")
-    return custom
-
-
-def _object_key(target: TargetFile) -> str:
-    return f"targets/{target.get_prefixed_paths()[0]}"

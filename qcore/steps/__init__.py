@@ -41,7 +41,10 @@ from qcore.steps.reduction import decompose as decompose
 from qcore.steps.reduction import prune as prune
 from qcore.steps.reduction import prune_channels as prune_channels
 from qcore.steps.release import package as package
+from qcore.steps.release import provenance as provenance
 from qcore.steps.release import publish as publish
+from qcore.steps.repository import cosign as cosign
+from qcore.steps.repository import refresh as refresh
 from qcore.steps.review import Beside as Beside
 from qcore.steps.review import ReviewFiles as ReviewFiles
 from qcore.steps.review import class_names as class_names

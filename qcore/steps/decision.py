@@ -39,7 +39,8 @@ def gate(
         parity: parity report of the same model and split; needed where the policy limits parity.
         files: what the report has to be about.
         waivers: files of `waive`, made for exactly this decision.
-        now: aware; waivers must hold then, and the report must not be too old. None: the time of the call.
+        now: aware; the decision is of that time, waivers must hold then, and the report must not be too old. None: the
+            time of the call.
 
     Raises:
         GateRefused: the report is missing, contradicts itself or is about other files, the policy asks for what was
@@ -56,6 +57,7 @@ def gate(
     from qcore.release.keys import load_signer
     from qcore.release.subject import package_of
     from qcore.release.waivers import overridden
+    from qcore.waiver import format_time
 
     given = (policy, package, parity, files.model, files.baseline, files.champion)
     refuse_overwrite(out, report, key, *(path for path in given if path is not None), *waivers, data=files.data)
@@ -67,7 +69,7 @@ def gate(
     if package is not None:
         decision = replace(decision, package=package_of(package, loaded))
     signed = [read_evidence(path, "waiver", "qcore gate waive") for path in waivers]
-    decision = overridden(decision, signed, when)
+    decision = replace(overridden(decision, signed, when), decided=format_time(when))
     write_atomic(out, sign_decision(decision, load_signer(key)))
     return decision
 

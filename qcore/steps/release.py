@@ -1,5 +1,6 @@
 """Release on files: a package, and its publication once the gate has passed it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from qcore.release.golden import GoldenFile
     from qcore.release.manifest import Compatibility
     from qcore.release.package import Package
+    from qcore.release.provenance import Build
     from qcore.release.repository import Release
 
 
@@ -117,15 +119,35 @@ def _described(
     return {name: folder / name for name in files}
 
 
-def publish(*, package: Path, evidence: Path, repository: str | Path, keys: Path, channel: str = "stable") -> "Release":
+def publish(
+    *,
+    package: Path,
+    evidence: Path,
+    repository: str | Path,
+    keys: Path,
+    channel: str = "stable",
+    provenance: Path | None = None,
+    cosigned: Path | None = None,
+) -> "Release":
     """Return the release of `package`, signed into the repository with the key ring `keys`.
 
     Args:
         package: the .qpkg file.
         evidence: the gate's signed decision.
         repository: a folder, or `s3://bucket/prefix` as text.
-        keys: folder of the keys.
+        keys: folder of the keys; the gate's is among them unless `cosigned` is given.
         channel: the channel that shall point at the release.
+        provenance: signed provenance of the package, published beside the evidence.
+        cosigned: the models role that `cosign` signed.
+
+    Args:
+        package: the .qpkg file.
+        evidence: the gate's signed decision.
+        repository: folder of the repository.
+        keys: folder of the keys; the gate's is among them unless `cosigned` is given.
+        channel: the channel that shall point at the release.
+        provenance: signed provenance of the package, published beside the evidence.
+        cosigned: the models role that `cosign` signed.
 
     Raises:
         GateRefused: the evidence is not signed by the gate, not a pass, not about exactly this package, or rests on a
@@ -137,7 +159,59 @@ def publish(*, package: Path, evidence: Path, repository: str | Path, keys: Path
 
     from qcore.release.keys import load_keys
     from qcore.release.location import open_store
-    from qcore.release.repository import Submission, publish_release
+    from qcore.release.proposal import Submission
+    from qcore.release.repository import publish_release
 
-    submission = Submission(package=package, evidence=read_evidence(evidence), channel=channel)
+    submission = Submission(
+        package=package,
+        evidence=read_evidence(evidence),
+        channel=channel,
+        provenance=None if provenance is None else read_evidence(provenance, "provenance", "qcore provenance"),
+        cosigned=None if cosigned is None else read_evidence(cosigned, "co-signed role", "qcore repo cosign"),
+    )
     return publish_release(open_store(repository), submission, load_keys(keys), now=datetime.now(UTC))
+
+
+def provenance(
+    *,
+    package: Path,
+    out: Path,
+    key: Path,
+    builder: str,
+    parameters: Mapping[str, str | int],
+    inputs: Mapping[str, Path],
+    invocation: str = "",
+) -> "Build":
+    """Return the provenance of `package`, signed into `out` with the private key file `key`.
+
+    Args:
+        package: the .qpkg file.
+        out: where the signed statement goes.
+        key: the gate's or the publisher's; publishing takes no other.
+        builder: URI of what built it.
+        parameters: recipe, target, seed ... by name.
+        inputs: the files that it was built from, by name; their digests are stated.
+        invocation: the run.
+
+    Raises:
+        PackageError: it is not a package that we made.
+        ReleaseError: the key cannot be used.
+        OSError: an input cannot be read.
+    """
+    from qcore.files import sha256_file, write_atomic
+    from qcore.release.keys import load_signer
+    from qcore.release.provenance import Build, sign_provenance
+    from qcore.release.subject import opened_package
+
+    refuse_overwrite(out, package, key, *inputs.values())
+    with opened_package(package) as opened:
+        build = Build(
+            package_sha256=opened.sha256,
+            builder=builder,
+            parameters=dict(parameters),
+            inputs={name: sha256_file(path) for name, path in inputs.items()},
+            qcore_version=__version__,
+            invocation=invocation,
+        )
+    write_atomic(out, sign_provenance(build, load_signer(key)))
+    return build

@@ -239,7 +239,11 @@ def _decided_again(
     from qcore.report import outcome_of
 
     report, parity = measured
-    fresh = replace(decide(report, policy, parity, _decided_at(report, decision)), package=decision.package)
+    fresh = replace(
+        decide(report, policy, parity, _decided_at(report, decision)),
+        package=decision.package,
+        decided=decision.decided,
+    )
     if fresh.binding != decision.binding or not decision.waivers:
         return fresh
     return replace(fresh, outcome=outcome_of(fresh.checks, decision.waived.keys()), waivers=decision.waivers)

@@ -16,7 +16,19 @@ import pytest
 from kfp import dsl
 
 from qcore import components, demo
-from qcore.components import calibrate, evaluate, gate, package, parity, prune, publish, quantize, review
+from qcore.components import (
+    calibrate,
+    cosign,
+    evaluate,
+    gate,
+    package,
+    parity,
+    prune,
+    publish,
+    quantize,
+    refresh_repository,
+    review,
+)
 from qcore.components.images import IMAGE
 from qcore.demo.make_data import write_digits
 from qcore.derived import cost_metrics
@@ -38,6 +50,7 @@ COMPONENTS = (
     package,
     gate,
     review,
+    cosign,
     publish,
 )
 """The chain."""
@@ -126,9 +139,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             data=data,
             name="int8",
         )
+        cosign.python_func(
+            package=made["package"],
+            evidence=made["evidence"],
+            cosigned=out("cosigned"),
+            repository=str(folder / "repository"),
+            keys=str(folder / "keys"),
+        )
         publish.python_func(
             package=made["package"],
             evidence=made["evidence"],
+            cosigned=made["cosigned"],
             release=out("release"),
             repository=str(folder / "repository"),
             keys=str(folder / "keys"),
@@ -151,6 +172,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         ("evidence", "qcore-evidence"),
         ("facts", "qcore-review"),
         ("package", "qpkg"),
+        ("cosigned", "qcore-cosigned-role"),
         ("release", "qcore-release"),
     ],
 )
@@ -175,7 +197,7 @@ def test_no_private_key_is_in_artifacts_journals_or_the_repository(world: World)
     """Everything that a run leaves behind, searched for every key as it lies in its file."""
     keys = sorted((world.folder / "keys").glob("*.pem"))
     secrets = [line for key in keys for line in key.read_bytes().splitlines() if not line.startswith(b"-----")]
-    files = [p for p in world.folder.rglob("*") if p.is_file() and p.parent.name != "keys"]
+    files = [p for p in world.folder.rglob("*") if p.is_file() and p.parent.name not in ("keys", "other keys")]
     assert len(keys) >= 5
     assert secrets
     assert {"journal", "repository"} < {p.relative_to(world.folder).parts[0] for p in files}
@@ -329,6 +351,11 @@ def test_a_failed_gate_cannot_be_published(world: World, tmp_path: Path) -> None
             keys=str(world.folder / "keys"),
         )
     assert not (tmp_path / "release").exists()
+
+
+def test_a_repository_is_refreshed_when_something_is_due(world: World) -> None:
+    place = {"repository": str(world.folder / "repository"), "keys": str(world.folder / "keys")}
+    assert refresh_repository.python_func(**place) == ""
 
 
 def test_a_waiver_reaches_the_gate_as_text(world: World, tmp_path: Path) -> None:

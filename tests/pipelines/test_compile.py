@@ -55,7 +55,7 @@ def test_every_file_loads_as_a_component(compiled: Path) -> None:
 def test_what_is_decided_is_never_taken_from_a_cache(compiled: Path) -> None:
     pipeline, _ = documents(compiled)
     cached = {n: bool(t.get("cachingOptions", {}).get("enableCache")) for n, t in tasks(pipeline).items()}
-    assert {n for n, on in cached.items() if not on} >= {"evaluate", "gate", "package", "publish"}
+    assert {n for n, on in cached.items() if not on} >= {"evaluate", "gate", "package", "cosign", "publish"}
     assert {"prune", "calibrate", "quantize"} <= {n for n, on in cached.items() if on}
 
 
@@ -70,19 +70,20 @@ def test_publishing_hangs_on_the_gates_word(compiled: Path) -> None:
     pipeline, _ = documents(compiled)
     condition = pipeline["root"]["dag"]["tasks"]["condition-1"]["triggerPolicy"]["condition"]
     assert condition == "inputs.parameter_values['pipelinechannel--gate-Output'] == 'pass'"
-    assert set(pipeline["components"]["comp-condition-1"]["dag"]["tasks"]) == {"publish"}
+    assert set(pipeline["components"]["comp-condition-1"]["dag"]["tasks"]) == {"cosign", "publish"}
 
 
-def test_keys_are_volumes_of_the_two_tasks_that_sign(compiled: Path) -> None:
+def test_keys_are_volumes_of_the_tasks_that_sign_and_of_no_other(compiled: Path) -> None:
     _, executors = documents(compiled)
     volumes = {n: [v["secretName"] for v in e.get("secretAsVolume", [])] for n, e in executors.items()}
     assert {n: v for n, v in volumes.items() if v} == {
         "exec-gate": ["qcore-gate-key"],
+        "exec-cosign": ["qcore-cosign-key"],
         "exec-publish": ["qcore-publisher-keys"],
     }
     for name, e in executors.items():
         in_env = {k["envVar"].partition("_")[0] for s in e.get("secretAsEnv", []) for k in s["keyToEnv"]}
-        assert in_env <= ({"MLFLOW", "AWS"} if name == "exec-publish" else {"MLFLOW"}), name
+        assert in_env <= ({"MLFLOW", "AWS"} if name in ("exec-cosign", "exec-publish") else {"MLFLOW"}), name
         assert all(s["optional"] for s in e.get("secretAsEnv", []))
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 from securesystemslib.signer import CryptoSigner
-from simulators import FAMILY, about, decision, gated, now, package_source
+from simulators import DATA, FAMILY, POLICY, about, decision, gated, now, package_source
 from tuf.api.metadata import Delegations, TargetFile, Targets
 
 from qcore.canonical import sha256_bytes
 from qcore.errors import GateRefused
-from qcore.release.cosign import Proof, cosign
+from qcore.release.approval import Approval
+from qcore.release.cosign import Proof, Terms, cosign
 from qcore.release.evidence import sign_decision
 from qcore.release.package import Package, build_package
+from qcore.report import GateDecision, Outcome
+from qcore.waiver import format_time
 
 GATE, OTHER = CryptoSigner.generate_ed25519(), CryptoSigner.generate_ed25519()
 NOW = now().replace(microsecond=0)
@@ -24,6 +27,11 @@ PATH, EVIDENCE = f"models/{FAMILY}/1.0.0.qpkg", f"models/{FAMILY}/1.0.0.evidence
 
 def target(path: str, data: bytes, custom: object = None) -> TargetFile:
     return TargetFile(len(data), {"sha256": sha256_bytes(data)}, path, {} if custom is None else {"custom": custom})
+
+
+def decided(package: Package, outcome: Outcome = "pass") -> GateDecision:
+    """Return a decision about this package, of the time that the co-signer's clock shows."""
+    return replace(about(package, outcome), decided=format_time(NOW))
 
 
 class Case:
@@ -35,13 +43,14 @@ class Case:
         self.new = copy.deepcopy(self.old)
         self.new.version, self.new.expires = 4, NOW + timedelta(days=90)
         self.package = package
-        evidence = sign_decision(about(package), GATE)
+        evidence = sign_decision(decided(package), GATE)
         self.proof = Proof(sha256=package.sha256, manifest=package.manifest, evidence=evidence)
         custom = {"counter": 5, "model_sha256": package.manifest.model_sha256, "evidence": EVIDENCE}
         custom |= {"compat": package.manifest.compat.to_json(), "flash_bytes": package.manifest.flash_bytes}
         self.new.targets[PATH] = target(PATH, package.path.read_bytes(), custom)
         self.new.targets[EVIDENCE] = target(EVIDENCE, evidence)
         self.proofs = {PATH: self.proof}
+        self.terms: dict[str, object] = {}
 
     def evidence(self, data: bytes) -> None:
         self.proofs[PATH] = replace(self.proof, evidence=data)
@@ -51,7 +60,10 @@ class Case:
         self.new.targets[PATH].custom[name] = value
 
     def judge(self, at: datetime = NOW) -> None:
-        cosign(self.old, self.new, self.proofs, [GATE.public_key], at)
+        trusted = [GATE.public_key]
+        approval = Approval(policies={POLICY: "any"}, data=(DATA,))
+        terms = Terms(gate_keys=trusted, build_keys=trusted, approval=approval, served=(), now=at)
+        cosign(self.old, self.new, self.proofs, replace(terms, **self.terms))
 
 
 @pytest.fixture
@@ -71,7 +83,7 @@ def test_a_pure_refresh_is_signed(case: Case) -> None:
 
 def gate_says(case: Case, **changes: object) -> bytes:
     """Return signed evidence about the case's package, but for `changes`."""
-    return sign_decision(replace(about(case.package), **changes), GATE)  # type: ignore[arg-type]  # fields by name
+    return sign_decision(replace(decided(case.package), **changes), GATE)  # type: ignore[arg-type]  # fields by name
 
 
 def other_package(case: Case, **changes: str) -> bytes:
@@ -123,6 +135,6 @@ def test_every_other_proposal_is_refused_with_its_reason(
 
 @pytest.mark.parametrize("outcome", ["fail", "inconclusive"])
 def test_only_a_pass_is_signed(case: Case, outcome: str) -> None:
-    case.evidence(sign_decision(about(case.package, outcome), GATE))  # type: ignore[arg-type]  # parametrized literal
+    case.evidence(sign_decision(decided(case.package, outcome), GATE))  # type: ignore[arg-type]  # parametrized literal
     with pytest.raises(GateRefused, match=f"gate outcome is {outcome}"):
         case.judge()

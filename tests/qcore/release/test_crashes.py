@@ -13,7 +13,8 @@ from qcore.release.keys import load_keys
 from qcore.release.location import open_store
 from qcore.release.metadata import load_trusted
 from qcore.release.package import build_package
-from qcore.release.repository import Submission, publish_release, refresh, status
+from qcore.release.proposal import Submission
+from qcore.release.repository import publish_release, refresh, status
 
 ROOT = Path(__file__).resolve().parents[3]
 

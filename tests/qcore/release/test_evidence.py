@@ -64,7 +64,7 @@ def test_equal_decisions_give_equal_bytes() -> None:
         (b"\x00\xff", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"[]", "unsigned: found list"),
-        (canonical_json(decision(MODEL).to_json()), "unsigned: found qcore.decision/2, expected a DSSE envelope"),
+        (canonical_json(decision(MODEL).to_json()), "unsigned: found qcore.decision/3, expected a DSSE envelope"),
         (canonical_json({"payload": "", "payloadType": PAYLOAD_TYPE, "signatures": []}), "holds no signature"),
         (canonical_json({"payload": 3, "payloadType": PAYLOAD_TYPE, "signatures": [{}]}), "malformed envelope"),
         (canonical_json({"payload": "", "payloadType": PAYLOAD_TYPE, "signatures": [3]}), "malformed envelope"),

@@ -14,10 +14,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from simulators import World
 
 from qcore.errors import ReleaseError
 from qcore.release.keys import create_keys, import_signer, load_keys, load_public_key, load_signer
-from qcore.release.repository import add_family, init_repository, status
+from qcore.release.repository import init_repository, status
 from qcore.release.signers import service_entry
 from qcore.release.store import DirectoryStore
 
@@ -161,7 +162,7 @@ def test_a_key_in_a_service_signs_like_one_in_a_file(tmp_path: Path, kms: str) -
     assert load_public_key(tmp_path / "gate.pub").keyid == ring.signer("gate").public_key.keyid
     store = DirectoryStore(folder=tmp_path / "repository")
     init_repository(store, ring, ["stable"], now=datetime.now(UTC))
-    add_family(store, ring, "digits", now=datetime.now(UTC))  # a models role, which gate and publisher must sign
+    World(folder=tmp_path, store=store, keys=ring).publish()  # a models role, which gate and publisher must sign
     assert [r.threshold for r in status(store, now=datetime.now(UTC)) if r.role == "models-digits"] == [2]
 
 

@@ -133,10 +133,10 @@ def test_a_lost_answer_before_another_release_is_taken_up_again(line: Line) -> N
 
 
 def test_what_a_publish_asks_of_the_server(line: Line) -> None:
-    """7 writes and the signed state twice, in at most 12 round trips of a line on which each takes 0.2 s."""
+    """8 writes, the state twice, what was written read back: at most 12 round trips, each of which takes 0.2 s."""
     submission = line.world.submission(line.world.package("1.1.0", seed=1))
     line.proxy.delay_s = 0.2
     publish_release(line.behind.store, submission, line.world.keys, now=now())
     asked = [method for method, _, _ in line.proxy.seen]
-    assert (asked.count("PUT"), asked.count("GET")) == (7, 12)
+    assert (asked.count("PUT"), asked.count("GET")) == (8, 15)
     assert line.proxy.round_trips() <= 12

@@ -20,7 +20,8 @@ from qcore.canonical import canonical_json
 from qcore.errors import GateRefused
 from qcore.release.envelope import PAYLOAD_TYPE
 from qcore.release.evidence import sign_decision, verify_evidence
-from qcore.release.repository import Submission, publish_release
+from qcore.release.proposal import Submission
+from qcore.release.repository import publish_release
 from qcore.release.waivers import new_waiver, overridden, owner_key, read_waiver, sign_waiver
 from qcore.report import Check, GateDecision, Group, decision_from_json
 from qcore.waiver import NOBODY, Override, Owner, SignedWaiver, format_time, waiver_from_json
