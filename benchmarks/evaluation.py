@@ -122,9 +122,9 @@ def row(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, obj
         sessions = [onnxruntime.InferenceSession(f, options, providers=["CPUExecutionProvider"]) for f in files]
         for size in SIZES:
             timed(times, f"one thread {size}", partial(bare, sessions, x, size))
-        timed(times, "ours", partial(judgement.tally_of, judge, candidate, data))
+        timed(times, "ours", partial(judgement.tally_of, judge, [candidate], data))
         with mock.patch("qcore.data.dataset.batches", return_value=prepared):
-            timed(times, "prepared", partial(judgement.tally_of, judge, candidate, data))
+            timed(times, "prepared", partial(judgement.tally_of, judge, [candidate], data))
     rounds = range(arguments.rounds)
     best = [min(times[f"bare {s}"][k] for s in SIZES) for k in rounds]
     size = min(SIZES, key=lambda s: median(times[f"bare {s}"]))
