@@ -6,7 +6,10 @@ written by Python's shortest round-trip form (IEEE 754 binary64), which is the s
 
 import hashlib
 import json
-from typing import Any
+import sys
+from array import array
+from collections.abc import Sequence
+from typing import Any, Literal
 
 Json = Any
 Digest = str
@@ -32,3 +35,18 @@ def sha256_bytes(data: bytes) -> Digest:
 def sha256_json(value: Json) -> Digest:
     """Return the SHA-256 of the canonical JSON of `value`."""
     return sha256_bytes(canonical_json(value))
+
+
+def sha256_numbers(kind: Literal["q", "d"], numbers: Sequence[float]) -> Digest:
+    """Return the SHA-256 of `numbers` as little-endian int64 (`q`) or float64 (`d`).
+
+    Raises:
+        ValueError: a number is not one of these.
+    """
+    try:
+        column = array(kind, numbers)
+    except (OverflowError, TypeError) as e:
+        raise ValueError(f"a column holds what is no {'int64' if kind == 'q' else 'float64'}: {e}") from e
+    if sys.byteorder == "big":
+        column.byteswap()
+    return sha256_bytes(column.tobytes())

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from qcore.canonical import Digest, Json, sha256_json
+from qcore.canonical import Digest, Json, sha256_json, sha256_numbers
 from qcore.errors import GateRefused
 from qcore.measured import Download, MeasuredModel, Ratio, Rounds, check_digest
 from qcore.waiver import (
@@ -244,8 +244,17 @@ class EvaluationReport:
 
     @property
     def sha256(self) -> Digest:
-        """The digest of the canonical JSON form."""
-        return sha256_json(self.to_json())
+        """The digest of the canonical JSON form, with the digest of its numbers in place of every column and slice.
+
+        The numbers are int64 or float64, little-endian: a million of them take milliseconds so, a second as text.
+        """
+        value, samples = self.to_json(), _shallow(self.samples)
+        columns = {k: sha256_numbers("q", v) for k, v in samples.items() if k != "values" and v is not None}
+        for name, sides in self.samples.values.items():
+            numbers = {k: v for k, v in _shallow(sides).items() if v is not None}
+            columns |= {f"{name} {k}": sha256_numbers("d", v) for k, v in numbers.items()}
+        slices = {name: sha256_numbers("q", places) for name, places in self.slices.items()}
+        return sha256_json({**value, "samples": columns, "slices": slices})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

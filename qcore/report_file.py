@@ -126,7 +126,10 @@ def _column(value: Json, where: str, kinds: set[type]) -> tuple[Any, ...]:
 
 
 def _integers(value: Json, where: str) -> tuple[int, ...]:
-    return _column(value, where, {int})
+    column = _column(value, where, {int})
+    if column and not -(1 << 63) <= min(column) <= max(column) < 1 << 63:
+        raise _wrong(where, "a number beyond 64 bits", "whole numbers of 64 bits")
+    return column
 
 
 def _optional(value: Json, where: str) -> tuple[int, ...] | None:
