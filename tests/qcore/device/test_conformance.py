@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from securesystemslib.signer import CryptoSigner
-from simulators import HARDWARE
+from simulators import COMPAT, HARDWARE
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import DelegatedRole, Delegations, MetaFile, Targets
 
@@ -28,7 +28,7 @@ from qcore.errors import UpdateError
 
 pytestmark = pytest.mark.slow
 PACKAGE, POINTER = "models/digits/1.0.0.qpkg", "channels/stable/digits/release.json"
-CUSTOM = {"counter": 1, "floor": 0, "model_sha256": "0" * 64, "hw": [HARDWARE]}
+CUSTOM = {"counter": 1, "floor": 0, "model_sha256": "0" * 64, "compat": COMPAT.to_json(), "flash_bytes": 1000}
 SAYS = {
     "schema": 1,
     "epoch": 1,
