@@ -142,11 +142,14 @@ def run_release(
 def pipeline_request(arguments: ReleaseArguments) -> dict[str, Json]:
     """Return the pipeline's parameters after checking what would otherwise fail only at the end of a long run."""
     from qcore.config import load_config
+    from qcore.graph.io import check_model
     from qcore.policy import GatePolicy
     from qcore.recipe import load_recipe
     from qcore.release.location import absolute_location, is_url
     from qcore.release.manifest import check_name
     from qcore.release.signers import SERVICE_SUFFIX
+    from qcore.steps.compression import refuse_beyond_table
+    from qcore.steps.judgement import read_released
     from qcore.target import load_target
 
     a = arguments
@@ -161,8 +164,10 @@ def pipeline_request(arguments: ReleaseArguments) -> dict[str, Json]:
     ):
         if not exists:
             raise kind(f"{what} {path}: no such file or folder; pass one that exists (`qcore repo init` makes keys)")
-    load_recipe(a.recipe)
+    refuse_beyond_table(load_recipe(a.recipe))
     load_target(a.target)
+    if a.champion is not None:
+        check_model(read_released(a.champion), str(a.champion))
     for what, name in (("family", a.family), ("version", a.version), ("channel", a.channel)):
         check_name(what, name, ConfigError)
     _check_splits(a)

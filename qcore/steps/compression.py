@@ -93,6 +93,31 @@ class CompressionSummary:
         }
 
 
+def refuse_beyond_table(recipe: "Recipe") -> None:
+    """Refuse a recipe that needs more than a model and its calibration table, which is what `quantize` has.
+
+    Raises:
+        ConfigError: it changes weights before it quantizes, runs samples, or trains.
+    """
+    from qcore.methods.cluster import ClusterStep
+    from qcore.methods.prune import PruneStep
+    from qcore.methods.prune_channels import PruneChannelsStep
+
+    before = (PruneStep, PruneChannelsStep, ClusterStep)
+    changing = next((s.method for s in recipe.steps if isinstance(s, before)), None)
+    if changing is not None:
+        raise ConfigError(
+            f"recipe {recipe.name} changes weights ({changing}) before it quantizes, but the table is of the model "
+            f"before that; apply that first, calibrate the result, then quantize; or use `qcore compress`"
+        )
+    if recipe.needs_samples or recipe.training_steps:
+        does = "trains on" if recipe.training_steps else "runs"
+        raise ConfigError(
+            f"recipe {recipe.name} {does} samples, which a table does not hold; allowed where only a table is at hand "
+            "(`quantize`, the pipeline `release`): recipes such as int8; run `qcore compress` with --data"
+        )
+
+
 def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recipe: str = "int8") -> CompressionSummary:
     """Return the summary of `out`: `model` after the steps of `recipe`, with ranges from `table`.
 
@@ -103,26 +128,12 @@ def quantize(*, model: Path, table: Path, out: Path, target: str = "host", recip
     from qcore.calibration import check_table, load_table
     from qcore.canonical import sha256_bytes
     from qcore.graph.io import parse_model, read_model_bytes
-    from qcore.methods.cluster import ClusterStep
-    from qcore.methods.prune import PruneStep
-    from qcore.methods.prune_channels import PruneChannelsStep
     from qcore.recipe import load_recipe
     from qcore.recovery import Evidence
 
     refuse_overwrite(out, model, table, recipe, target)
     loaded = load_recipe(recipe)
-    changing = next(
-        (s.method for s in loaded.steps if isinstance(s, PruneStep | PruneChannelsStep | ClusterStep)), None
-    )
-    if changing is not None:
-        raise ConfigError(
-            f"recipe {loaded.name} changes weights ({changing}) before it quantizes, but the table is of the model "
-            f"before that; apply that first, calibrate the result, then quantize; or use `qcore compress`"
-        )
-    if loaded.needs_samples:
-        raise ConfigError(
-            f"recipe {loaded.name} runs samples, which a table does not hold; run `qcore compress` with --data"
-        )
+    refuse_beyond_table(loaded)
     measured = load_table(table)
     raw = read_model_bytes(model)
     check_table(measured, model_sha256=sha256_bytes(raw), name=str(model))

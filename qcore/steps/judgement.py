@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from qcore.tally import Tally
 
 EVALUATION_BATCH = 8
+PACKAGE_START = b"manifest.json\0"
+"""A package is an archive whose first member is its manifest."""
 ANSWER_BYTES = 1 << 27
 """How much of a float model's outputs is kept while several candidates are held against it."""
 
@@ -167,7 +169,7 @@ def _part_on_files(paths: _Files, asked: _Asked) -> "Part":
 
 
 def read_released(path: Path) -> bytes:
-    """Return the bytes of a released model: of an ONNX file, or of the one in a package (`.qpkg`).
+    """Return the bytes of a released model: of an ONNX file, or of the one in a package, whatever the file is called.
 
     Raises:
         ModelError: the file cannot be read.
@@ -175,8 +177,9 @@ def read_released(path: Path) -> bytes:
     """
     from qcore.graph.io import read_model_bytes
 
-    if path.suffix != ".qpkg":
-        return read_model_bytes(path)
+    raw = read_model_bytes(path)
+    if not raw.startswith(PACKAGE_START):
+        return raw
     from tempfile import TemporaryDirectory
 
     from qcore.release.manifest import MODEL

@@ -263,6 +263,10 @@ def test_a_failing_task_speaks_for_itself_and_nothing_is_printed(
         ({"repository": Path("absent")}, ConfigError, "repository absent"),
         ({"policy": Path("absent.yaml")}, ConfigError, "policy absent.yaml"),
         ({"recipe": "int9"}, QcoreError, "int9"),
+        ({"recipe": "int8-equalized"}, ConfigError, "runs samples, which a table does not hold"),
+        ({"recipe": "sparse50-int8"}, ConfigError, "changes weights"),
+        ({"recipe": "sparse24-tuned"}, ConfigError, "trains on samples"),
+        ({"champion": Path(__file__)}, ModelError, "is not an ONNX file"),
         ({"target": "x87"}, QcoreError, "x87"),
     ],
 )

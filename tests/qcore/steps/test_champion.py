@@ -190,5 +190,7 @@ def test_an_old_report_fails(world, tmp_path):
 def test_a_released_package_is_a_champion(world, tmp_path):
     released = {"model": world / "old.onnx", "data": world / "tiny.yaml", "family": "f", "version": "1"}
     steps.package(**released, out=tmp_path / "old.qpkg")
-    report = steps.evaluate(**files_of(world), champion=tmp_path / "old.qpkg", out=tmp_path / "r.json")
-    assert timeless(report) == timeless(load(world / "r.json"))
+    (tmp_path / "package").write_bytes((tmp_path / "old.qpkg").read_bytes())  # as a pipeline calls its outputs
+    for name in ("old.qpkg", "package"):
+        report = steps.evaluate(**files_of(world), champion=tmp_path / name, out=tmp_path / "r.json")
+        assert timeless(report) == timeless(load(world / "r.json"))
