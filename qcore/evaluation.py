@@ -313,7 +313,7 @@ def _score(columns: _Columns, metric: UserMetric, answers: tuple[Tensors, ...], 
 def _outputs(outputs: Mapping[str, Array], who: str, n: int) -> Flat:
     """Return every output as (n, values); a fixed batch that was filled up with repeats is cut to its samples."""
     for name, value in outputs.items():
-        if not isinstance(value, np.ndarray) or value.ndim == 0 or value.dtype.kind not in "fiub" or len(value) < n:
+        if not isinstance(value, np.ndarray) or value.size == 0 or value.dtype.kind not in "fiub" or len(value) < n:
             raise ModelError(
                 f"output {name!r} of the {who} is not one row of numbers per sample; allowed: tensors whose first "
                 "dimension is the batch; remove the output from the model"

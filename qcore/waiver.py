@@ -24,6 +24,17 @@ TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 _AGAIN = "waive again with `qcore gate waive`"
 _HEX = frozenset("0123456789abcdef")
+_SMALL_ORDER = frozenset(
+    {
+        "00" * 32,
+        "01" + "00" * 31,
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        *(f"{first}{'ff' * 30}7f" for first in ("ec", "ed", "ee")),
+    }
+)
+"""Points of small order on edwards25519 but for the sign bit: public keys of signatures that need no secret.
+Source: Chalkias, Garillot and Nikolaenko 2020, "Taming the many EdDSAs"."""
 _T = TypeVar("_T")
 
 
@@ -38,6 +49,11 @@ class Owner:
         """Refuse a name that no line can show, and what is no key."""
         _check_text("name of an owner", self.name)
         _check_hex("key of an owner", self.key)
+        if f"{self.key[:62]}{int(self.key[62:], 16) & 0x7F:02x}" in _SMALL_ORDER:
+            raise GateRefused(
+                f"waiver: key of {self.name} is {self.key[:12]}..., whose signatures anybody can make; allowed: a key "
+                "that `qcore gate owner-key` made"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -77,6 +77,8 @@ def parse_envelope(data: bytes, kind: Kind) -> Envelope:
     if not value["signatures"]:
         raise GateRefused(f"{kind.name}: unsigned: the envelope holds no signature; {kind.again}")
     try:
+        if any(not isinstance(s["keyid"], str) for s in value["signatures"]):
+            raise ValueError("a keyid is no text")
         return Envelope.from_dict(value)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise GateRefused(f"{kind.name}: malformed envelope ({e}); {kind.again}") from e

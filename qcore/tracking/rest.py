@@ -35,6 +35,8 @@ CALL_TIMEOUT_S = 4.0
 
 TRIES = 2
 PAUSE_S = 0.2
+MAX_ANSWER_BYTES = 1 << 24
+"""An answer without end would fill the memory before its time is over."""
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
@@ -285,10 +287,18 @@ def _entries(values: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 def _read(answer: http.client.HTTPResponse, until: float) -> bytes:
-    """Return the body; a socket's time limit restarts at every byte, so a server that drips is cut off here."""
-    parts = []
+    """Return the body; a socket's time limit restarts at every byte, so a server that drips is cut off here.
+
+    Raises:
+        TimeoutError: it is not whole at the time `until`.
+        OSError: it is longer than any answer of MLflow's.
+    """
+    parts, left = [], MAX_ANSWER_BYTES
     while part := answer.read1(1 << 16):
         parts.append(part)
+        left -= len(part)
+        if left < 0:
+            raise OSError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
         if time.monotonic() > until:
             raise TimeoutError("the answer drips")
     return b"".join(parts)

@@ -341,3 +341,19 @@ def test_a_check_with_numbers_that_are_whole_is_the_same_check() -> None:
     whole = Check(name="top1", outcome="fail", observed=0, bound=0, limit=1, reason="measured")
     judged = replace(FAILED, checks=(whole,))
     assert overridden(judged, [signed(judged)], NOW).outcome == "pass"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "00" * 32,
+        "00" * 31 + "80",
+        "01" + "00" * 31,
+        "ec" + "ff" * 30 + "7f",
+        "ee" + "ff" * 31,
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc85",
+    ],
+)
+def test_a_key_whose_signatures_anybody_can_make_names_no_owner(key):
+    with pytest.raises(GateRefused, match="anybody can make"):
+        Owner(name="Ada", key=key)
