@@ -278,6 +278,9 @@ def test_slices_are_judged_together_and_small_ones_are_named():
     required = GatePolicy(slices=GroupLimit(max_drop=0.02, min_support=100, require=True))
     strict = decide(grouped((1000, 1000, 10), (0, 3, 0)), required)
     assert strict.outcome == "fail"
+    assert strict.checks[0].reason.startswith(
+        "`require` asks for every group, and 1 cannot be judged: not judged, with"
+    )
     assert decision_from_json(strict.to_json()) == strict
 
 
@@ -390,6 +393,11 @@ def test_no_field_of_a_report_can_be_left_out(name):
         if path[0] not in ("runtime", "machine") or len(path) == 1:
             with pytest.raises(GateRefused):
                 decide(report_from_json(damaged(EXPECTED[name], path, "deleted")), REPORTS[name][1])
+
+
+def test_the_part_of_a_shard_is_no_report_and_the_verb_that_merges_is_named():
+    with pytest.raises(GateRefused, match="run `qcore merge-reports` over the parts"):
+        report_from_json({"schema": "qcore.evaluation-part/2"})
 
 
 def test_a_report_of_an_older_qcore_is_refused_in_words():

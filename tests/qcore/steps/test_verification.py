@@ -99,6 +99,18 @@ def test_a_pass_by_waiver_holds_until_it_expires(judged):
     assert "expired" in late.lapsed
 
 
+def test_a_budget_of_the_package_is_about_its_file(judged, tmp_path):
+    size, policy, out = judged.package.stat().st_size, tmp_path / "p.yaml", tmp_path / "e.json"
+    for limit, outcome in ((size, "pass"), (size - 1, "fail")):
+        policy.write_text(f"agreement: {{min: 0.5}}\nbudgets: {{package_bytes: {limit}}}\n")
+        (check,) = [c for c in judged.decide(out, policy=policy).checks if c.name == "package_bytes"]
+        assert (check.outcome, check.observed) == (outcome, size)
+        known = {**judged.files, "policy": policy}
+        assert states(judged.verify(out, **known))["decided again"] == "fits"
+        del known["package"]
+        assert states(judged.verify(out, **known))["decided again"] == "fits"
+
+
 def test_no_other_file_fits(judged, tmp_path):
     other = Judged.__new__(Judged)
     other.__dict__.update(judged.__dict__, policy=tmp_path / "p.yaml", package=tmp_path / "y.qpkg")
