@@ -17,10 +17,13 @@ from qcore.groups import Counts, Family, judge_groups, levels
 from qcore.numerics.bounds import paired_lower_bound
 from qcore.policy import Budgets, ErrorLimit, GatePolicy, GroupLimit, MetricLimit, ValueLimit
 from qcore.report import (
+    NOT_WAIVABLE,
+    UPPER_LIMITS,
     PairedCounts,
     decision_from_json,
 )
 from qcore.report_file import report_from_json
+from qcore.waiver_policy import CHECK_NAMES
 
 ONE_POINT = GatePolicy(top1=MetricLimit(max_drop=0.01))
 
@@ -369,7 +372,14 @@ EXPECTED = {name: json.loads(json.dumps(r.to_json())) for name, (r, _) in REPORT
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_a_whole_report_passes(name):
-    assert decide(report_from_json(EXPECTED[name]), REPORTS[name][1]).outcome == "pass"
+    decision = decide(report_from_json(EXPECTED[name]), REPORTS[name][1])
+    assert decision.outcome == "pass"
+    assert {c.name for c in decision.checks} <= set(CHECK_NAMES)
+
+
+def test_every_check_with_an_upper_limit_may_be_waived_or_never():
+    assert set(UPPER_LIMITS) <= {*CHECK_NAMES, *NOT_WAIVABLE}
+    assert not set(CHECK_NAMES) & set(NOT_WAIVABLE)
 
 
 @pytest.mark.parametrize("name", REPORTS)
