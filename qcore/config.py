@@ -107,7 +107,7 @@ def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
     """Return one problem in words: a misspelt field first, since it explains the others."""
     problems, schema = error.errors(include_url=False), _schema(kind)
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    places = [_place(schema, p["loc"]) for p in problems]
+    places = [_place(schema, p["loc"], p["type"] == "extra_forbidden") for p in problems]
     where, wanted = places[problems.index(problem)]
     others = len({p for p, _ in places if not f"{where}.".startswith(f"{p}.")})  # a list without its items is no news
     more = f" (and {others} more)" if others else ""
@@ -126,7 +126,8 @@ def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
             return _refused(f"{where}.{_tag(problem)}", problem["ctx"]["tag"], tags) + more
         case "value_error":
             said = problem["msg"].removeprefix("Value error, ")
-            return f"field {where!r} is {_shown(problem['input'])}: {said}{more}"
+            of = f"field {where!r} is {_shown(problem['input'])}: " if where else ""
+            return f"{of}{said}{more}"
         case _:
             return _refused(where, problem["input"], list(_alternatives(schema, wanted))) + more
 
@@ -146,8 +147,11 @@ def _shown(observed: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _place(schema: Schema, loc: tuple[int | str, ...]) -> tuple[str, Schema]:
-    """Return the field that `loc` names, without the alternatives of a union that were tried, and its schema."""
+def _place(schema: Schema, loc: tuple[int | str, ...], unknown: bool = False) -> tuple[str, Schema]:
+    """Return the field that `loc` names, without the alternatives of a union that were tried, and its schema.
+
+    The last part of an `unknown` field is its name, never an alternative.
+    """
     path: list[str] = []
     at = schema
     for k, part in enumerate(loc):
@@ -156,7 +160,7 @@ def _place(schema: Schema, loc: tuple[int | str, ...]) -> tuple[str, Schema]:
             return ".".join([*path[:-1], "[name]"]), {"type": "string"}
         if below is not None:
             at = below
-        elif not isinstance(part, int) and (k + 1 < len(loc) or "anyOf" in at):
+        elif not isinstance(part, int) and (k + 1 < len(loc) or ("anyOf" in at and not unknown)):
             continue  # it names an alternative, not a field
         path.append(str(part))
     return ".".join(path), at

@@ -296,15 +296,25 @@ def _count_anomalies(columns: _Columns, seen: _Seen) -> None:
     _append(columns, ANOMALY, [side[:, 0] for side in seen.first])
 
 
+def _named(x: float) -> str:
+    return "NaN" if np.isnan(x) else "infinity" if x > 0 else "minus infinity"
+
+
 def _score(columns: _Columns, metric: UserMetric, answers: tuple[Tensors, ...], seen: _Seen) -> None:
     n = len(seen.index)
     given = []
-    for outputs in answers:
+    for outputs, who in zip(answers, MODELS, strict=False):
         scores = np.asarray(metric.score({k: v[:n] for k, v in outputs.items()}, seen.truth))
-        if scores.shape != (n,) or scores.dtype.kind not in "fiub" or not np.isfinite(scores).all():
+        if scores.shape != (n,) or scores.dtype.kind not in "fiub":
             raise DataError(
                 f"metric {metric.name} gives {scores.dtype} of shape {scores.shape} for {n} samples; allowed: a finite "
                 "number per sample; correct the function"
+            )
+        if not (finite := np.isfinite(scores)).all():
+            place = int(np.argmin(finite))
+            raise DataError(
+                f"metric {metric.name} gives {_named(scores[place])} for sample {seen.index[place]} with the outputs "
+                f"of the {who}; allowed: a finite number per sample; correct the function"
             )
         given.append(scores.astype(np.float64))
     _append(columns, metric.name, given)

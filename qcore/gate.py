@@ -59,7 +59,11 @@ def default_policy(report: EvaluationReport) -> GatePolicy:
 
 
 def decide(
-    report: EvaluationReport, policy: GatePolicy, parity: ParityReport | None = None, now: datetime | None = None
+    report: EvaluationReport,
+    policy: GatePolicy,
+    parity: ParityReport | None = None,
+    now: datetime | None = None,
+    package_bytes: int | None = None,
 ) -> GateDecision:
     """Return the decision on the candidate of `report`.
 
@@ -68,6 +72,8 @@ def decide(
         policy: what is asked.
         parity: how the same file computes elsewhere; judged if the policy asks, and refused if it is of another file.
         now: the time, aware; needed by a policy with `max_age_days`.
+        package_bytes: size of the package file that shall be released, for the budget of that name; None: there is none
+            yet, and the model's share is judged.
 
     Raises:
         GateRefused: the policy limits something that was not measured, the report contradicts itself, or `parity` is
@@ -87,7 +93,7 @@ def decide(
         *_champion_check(report, policy),
         *_parity_checks(parity, policy.parity),
         *_age_check(report, policy.max_age_days, now),
-        *budget_checks(report, policy.budgets, policy.confidence),
+        *budget_checks(report, policy.budgets, policy.confidence, package_bytes),
     ]
     return GateDecision(
         outcome=outcome_of(checks),
@@ -343,8 +349,9 @@ def _refuse_other_parity(report: EvaluationReport, parity: ParityReport) -> None
     }
     for what, (found, expected) in pairs.items():
         if found != expected:
+            shown = (found, expected) if "/" in found else (found[:12], expected[:12])
             raise GateRefused(
-                f"the parity report is about {what} {found[:60]}, the evaluation report about {expected[:60]}; "
+                f"the parity report is about {what} {shown[0]}, the evaluation report about {shown[1]}; "
                 "allowed: the same; run `qcore parity` on the model and split that were evaluated"
             )
 

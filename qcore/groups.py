@@ -124,9 +124,12 @@ def _reason(groups: Sequence[Group], worst: Group | None, family: Family) -> str
     few = f"not judged, with fewer than {family.min_support} samples: {', '.join(left[:5])}" if left else ""
     few += f" and {len(left) - 5} more" if len(left) > 5 else ""
     if worst is None:
-        return "; ".join(part for part in ("no group was judged", few) if part)
+        asked = "`require` asks for every group, and no group was judged" if family.require else "no group was judged"
+        return "; ".join(part for part in (asked, few) if part)
     passed = sum(g.outcome == "pass" for g in groups)
     said = f"{passed} of {len(groups) - len(left)} judged pass; the worst is {worst.name}: {worst.reason}"
+    if few and family.require:
+        return f"`require` asks for every group, and {len(left)} cannot be judged: {few}; {said}"
     return f"{said}; {few}" if few else said
 
 

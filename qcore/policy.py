@@ -5,7 +5,7 @@ from pydantic import Field, model_validator
 from qcore.budgets import Budgets
 from qcore.config import Config
 from qcore.parity_report import CONDITION_NAMES, ConditionName
-from qcore.waiver_policy import WaiverPolicy
+from qcore.waiver_policy import OF_METRICS, WaiverPolicy, unknown_check
 
 
 class MetricLimit(Config):
@@ -154,6 +154,14 @@ class GatePolicy(Config):
                 "a first release is held against nothing but a champion that is not there; limit something against "
                 "the baseline too, or a minimum"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _waives_metrics_that_it_names(self) -> "GatePolicy":
+        known = tuple(f"{name}{ending}" for name in self.metrics for ending in OF_METRICS)
+        for check in () if self.waivers is None else self.waivers.checks:
+            if check.endswith(OF_METRICS) and check not in known:
+                raise ValueError(f"waivers.checks has {check!r}: {unknown_check(check, known)}")
         return self
 
 

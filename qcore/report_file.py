@@ -38,6 +38,11 @@ def report_from_json(value: Json) -> EvaluationReport:
         GateRefused: a field is missing, unknown, of another type or of the wrong schema.
     """
     found = value.get("schema") if isinstance(value, dict) else type(value).__name__
+    if isinstance(found, str) and found.startswith("qcore.evaluation-part/"):
+        raise GateRefused(
+            "this is the part that one shard measured, not an evaluation report; run `qcore merge-reports` over the "
+            "parts of all shards and pass what it writes"
+        )
     if found != REPORT_SCHEMA:
         raise GateRefused(
             f"expected an evaluation report of schema {REPORT_SCHEMA}, found {found}; run `qcore evaluate` again"

@@ -10,7 +10,7 @@ import typer
 from qcore import steps
 from qcore.cli import options as opt
 from qcore.cli.epochs import gained, print_epochs, training_progress
-from qcore.cli.output import percent, print_facts, print_json, print_table, progress, size
+from qcore.cli.output import percent, plain, print_facts, print_json, print_table, progress, size
 from qcore.cli.tracking import tracked
 from qcore.errors import ConfigError
 from qcore.report import GateDecision
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 REFUSED = 3
 AUTO = "auto"
+_ORDER = ("fail", "inconclusive", "pass")
+"""How checks are listed: what stops a release first."""
 
 
 def quantize(
@@ -319,22 +321,32 @@ def _pairs(texts: Sequence[str], option: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+def outcome_line(decision: GateDecision) -> str:
+    """Return the outcome with the checks that make it, and how many samples would decide where nothing fails."""
+    if decision.outcome == "pass":
+        return f"pass by waiver of {', '.join(decision.waived)}" if decision.waived else "pass"
+    open_ = [c for c in decision.checks if c.outcome != "pass" and c.name not in decision.waived]
+    words = [f"{o}: {', '.join(names)}" for o in _ORDER if (names := [c.name for c in open_ if c.outcome == o])]
+    needs = max((c.needs_samples or 0 for c in open_), default=0) if decision.outcome == "inconclusive" else 0
+    more = f" (about {needs:,} more samples would decide)" if needs else ""
+    first = words[0].removeprefix(f"{decision.outcome}: ")
+    return f"{decision.outcome} ({'; '.join([first, *words[1:]])}){more}"
+
+
 def print_decision(decision: GateDecision) -> None:
-    """Print the checks, then the outcome in one line, and who overrode it or may."""
+    """Print the checks, what does not pass first, then the outcome in one line, and who overrode it or may."""
     rows = [
         (
             c.name,
-            *(("-" if v is None else f"{v:.4f}") for v in (c.observed, c.bound, c.limit)),
+            *map(plain, (c.observed, c.bound, c.limit)),
             f"{c.outcome}, waived" if c.name in decision.waived else c.outcome,
             c.reason,
         )
-        for c in decision.checks
+        for c in sorted(decision.checks, key=lambda c: (_ORDER.index(c.outcome), c.name not in decision.waived))
     ]
     title = f"Gate, {percent(decision.confidence)} one-sided confidence, {decision.n} samples"
     print_table(title, ("check", "observed", "bound", "limit", "outcome", "why"), rows)
-    needs = max((c.needs_samples or 0 for c in decision.checks), default=0)
-    more = f" (about {needs} more samples would decide)" if needs else ""
-    print(f"outcome: {decision.outcome}{more}")
+    print(f"outcome: {outcome_line(decision)}")
     if decision.outcome != "pass" or decision.waivers:
         print(decision.who_may_override())
 

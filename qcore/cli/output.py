@@ -49,6 +49,13 @@ def size(n: float) -> str:
     return f"{n / MIB:.2f} MiB" if n >= MIB else f"{n / 1024:.1f} KiB"
 
 
+def plain(x: float) -> str:
+    """Return a number for a table: whole ones as such, others with four decimals, or more where they are tiny."""
+    if float(x).is_integer() and abs(x) < 1e15:
+        return f"{int(x):,}"
+    return f"{x:,.4f}" if abs(x) >= 0.001 else f"{x:.2g}"
+
+
 def percent(x: float) -> str:
     """Return a fraction of 1 as per cent."""
     return f"{100 * x:.2f} %"

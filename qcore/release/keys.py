@@ -77,7 +77,8 @@ class KeyRing:
             held = ", ".join(sorted(self.signers)) or "none"
             raise ReleaseError(
                 f"signing key {self.folder / name}.pem is missing; held: {held}; "
-                "run this where that key is, or make a development ring with `qcore repo init`"
+                "run this where that key is, make it with `qcore repo new-key`, "
+                "or make a development ring with `qcore repo init`"
             )
         return self.signers[name]
 

@@ -183,5 +183,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as e:
         raise ReleaseError(
-            f"signing key {path} cannot be read: {e.strerror}; make keys with `qcore repo init`, or correct the path"
+            f"signing key {path} cannot be read: {e.strerror}; correct the path, or make a "
+            "development ring with `qcore repo init`, a key of its own with `qcore repo new-key`"
         ) from e

@@ -35,7 +35,8 @@ def gate(
         out: where the evidence goes.
         key: private key file of the gate.
         policy: gate policy; None: the default one.
-        package: what shall be published; without it the decision is a local one, which `publish` refuses.
+        package: what shall be published; its size is what a budget `package_bytes` limits. Without it the decision is a
+            local one, which `publish` refuses.
         parity: parity report of the same model and split; needed where the policy limits parity.
         files: what the report has to be about.
         waivers: files of `waive`, made for exactly this decision.
@@ -65,9 +66,10 @@ def gate(
     refuse_other_files(loaded, files)
     chosen = load_config(policy, GatePolicy, "gate policy") if policy else default_policy(loaded)
     when = now or datetime.now(UTC)
-    decision = decide(loaded, chosen, None if parity is None else load_parity(parity), when)
-    if package is not None:
-        decision = replace(decision, package=package_of(package, loaded))
+    gated = None if package is None else package_of(package, loaded)
+    weight = None if package is None else package.stat().st_size
+    decision = decide(loaded, chosen, None if parity is None else load_parity(parity), when, weight)
+    decision = replace(decision, package=gated)
     signed = [read_evidence(path, "waiver", "qcore gate waive") for path in waivers]
     decision = replace(overridden(decision, signed, when), decided=format_time(when))
     write_atomic(out, sign_decision(decision, load_signer(key)))

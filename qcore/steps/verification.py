@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 AGAIN = "decided again"
 State = Literal["fits", "does not fit", "expired", "not checked"]
+_Given = tuple[Path | None, Path | None, Path | None]
+"""Policy, parity report and package."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,14 +115,14 @@ def verify_gate(
     by = ", ".join(k.keyid[:12] for k in keys)
     findings = [
         Finding(what="signature", state="fits", detail=f"every byte vouched for by the gate (key {by})"),
-        Finding(what="decision", state="fits", detail=f"{decision.outcome}, as its {_basis(decision)} say"),
+        Finding(what="decision", state="fits", detail=f"{decision.outcome}, as its {_basis(decision)}"),
         _asked("package", package, lambda p: _package(p, decision)),
         _asked("model", model, lambda p: _digest(_file_digest(p), decision.model_sha256)),
         _asked("data", data, lambda p: _digest(_data_digest(p, split), decision.data_sha256)),
         _asked("policy", policy, lambda p: _policy(p, decision)),
         _asked("parity", parity, lambda p: _parity(p, decision)),
         _asked("report", report, lambda p: _report(p, decision)),
-        _again(report, (policy, parity), decision),
+        _again(report, (policy, parity, package), decision),
     ]
     findings += [_waiver(signed.waiver, now or datetime.now(UTC)) for signed in decision.waivers]
     lapsed = next((f.detail for f in findings if f.state == "expired"), None)
@@ -193,18 +195,19 @@ def _report(path: Path, decision: "GateDecision") -> str:
     return _digest(load_report(path).sha256, decision.report_sha256)
 
 
-def _again(report: Path | None, given: tuple[Path | None, Path | None], decision: "GateDecision") -> Finding:
-    """Return the finding about deciding once more, from the report, the policy and the parity report that are given.
+def _again(report: Path | None, given: _Given, decision: "GateDecision") -> Finding:
+    """Return the finding about deciding once more, from the report, policy, parity report and package that are given.
 
-    Without a policy the default one is taken, if the decision was taken by that.
+    Without a policy the default one is taken, if the decision was taken by that; without the package its size is the
+    one that the evidence says.
     """
-    policy, parity = given
+    policy, parity, _ = given
     if report is None or (decision.parity_sha256 is not None and parity is None):
         missing = "report" if report is None else "parity"
         return Finding(what=AGAIN, state="not checked", detail=f"no --{missing} given")
     if policy is None and not _by_default(report, decision):
         return Finding(what=AGAIN, state="not checked", detail="no --policy given, and it was not the default one")
-    return _asked(AGAIN, report, lambda p: _same_again(p, (policy, parity), decision))
+    return _asked(AGAIN, report, lambda p: _same_again(p, given, decision))
 
 
 def _by_default(report: Path, decision: "GateDecision") -> bool:
@@ -217,36 +220,51 @@ def _by_default(report: Path, decision: "GateDecision") -> bool:
         return True  # the report does not fit, which is said where it is asked
 
 
-def _same_again(report: Path, given: tuple[Path | None, Path | None], decision: "GateDecision") -> str:
+def _same_again(report: Path, given: _Given, decision: "GateDecision") -> str:
     from qcore.gate import default_policy
     from qcore.steps.decision import load_report
     from qcore.steps.matching import load_parity
 
-    policy, parity = given
+    policy, parity, package = given
     found = load_report(report)
     chosen = _load_policy(policy) if policy else default_policy(found)
-    again = _decided_again((found, None if parity is None else load_parity(parity)), chosen, decision)
+    measured = (found, None if parity is None else load_parity(parity))
+    again = _decided_again(measured, chosen, decision, None if package is None else package.stat().st_size)
     if again != decision:
         raise GateRefused(f"decided again it is {again.outcome} by other checks or values than the evidence says")
     return f"the same checks, {again.outcome}"
 
 
 def _decided_again(
-    measured: "tuple[EvaluationReport, ParityReport | None]", policy: "GatePolicy", decision: "GateDecision"
+    measured: "tuple[EvaluationReport, ParityReport | None]",
+    policy: "GatePolicy",
+    decision: "GateDecision",
+    weight: int | None,
 ) -> "GateDecision":
-    """Return the decision derived anew, with the package and the waivers (verified before) of the one that is held."""
+    """Return the decision derived anew, with the package and the waivers (verified before) of the one that is held.
+
+    `weight` is the size of the package file, None where it is not at hand.
+    """
     from qcore.gate import decide
     from qcore.report import outcome_of
 
     report, parity = measured
     fresh = replace(
-        decide(report, policy, parity, _decided_at(report, decision)),
+        decide(report, policy, parity, _decided_at(report, decision), _weight(decision, weight)),
         package=decision.package,
         decided=decision.decided,
     )
     if fresh.binding != decision.binding or not decision.waivers:
         return fresh
     return replace(fresh, outcome=outcome_of(fresh.checks, decision.waived.keys()), waivers=decision.waivers)
+
+
+def _weight(decision: "GateDecision", weight: int | None) -> int | None:
+    """Return the size of the package that was judged; None for a local decision, which knows of none."""
+    if decision.package is None:
+        return None
+    said = [round(c.observed) for c in decision.checks if c.name == "package_bytes"]
+    return weight if weight is not None else said[0] if said else None
 
 
 def _decided_at(report: "EvaluationReport", decision: "GateDecision") -> datetime | None:
@@ -267,7 +285,12 @@ def _load_policy(path: Path) -> "GatePolicy":
 
 def _basis(decision: "GateDecision") -> str:
     checks, waivers = len(decision.checks), len(decision.waivers)
-    return f"{checks} checks" + (f" and {waivers} waivers" if waivers else "")
+    said = _counted(checks, "check") + (f" and {_counted(waivers, 'waiver')}" if waivers else "")
+    return f"{said} {'says' if checks + waivers == 1 else 'say'}"
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _waiver(waiver: "Waiver", now: datetime) -> Finding:

@@ -176,3 +176,18 @@ def test_a_decision_keeps_the_runs_that_it_lacks_and_metrics_have_units():
     metrics = cost_metrics(report)
     assert metrics["latency_ratio_low"] <= metrics["latency_ratio"] <= metrics["latency_ratio_high"]
     assert (metrics["package_bytes"], metrics["download_bytes"], metrics["peak_memory_bytes"]) == (80, 60, 1000)
+
+
+def test_a_package_is_judged_by_its_file_and_without_one_the_share_is_named():
+    limits = Budgets(package_bytes=100)
+    (share,) = budget_checks(typical(), limits, 0.95)
+    assert (share.outcome, share.observed) == ("pass", 80)
+    assert "the model's share of a package" in share.reason
+    (whole,) = budget_checks(typical(), limits, 0.95, package_bytes=101)
+    assert (whole.outcome, whole.observed) == ("fail", 101)
+    assert "the whole download of a new device" in whole.reason
+
+
+def test_the_released_model_is_named_by_the_option_that_exists():
+    with pytest.raises(GateRefused, match="--champion FILE"):
+        budget_checks(replace(typical(), download=None), Budgets(download_bytes=1), 0.95)

@@ -82,3 +82,33 @@ def test_true_and_false_stay_where_they_are_meant():
     made = check_config({"name": "a", "steps": steps}, Recipe, "recipe")
     assert check_config(made.model_dump(), Recipe, "recipe") == made
     assert parse_config("name: a\nsplits: {seed: 3, c: {rest: true}}", DataCard, "card").splits["c"].rest is True
+
+
+def test_an_unknown_field_of_an_optional_mapping_keeps_its_name():
+    assert refusal("top1: {max_dropp: 0.01}", GatePolicy) == (
+        "unknown field 'top1.max_dropp'; did you mean 'max_drop'?"
+    )
+
+
+OWNED = "waivers: {{owners: [{{name: Ada, key: %s}}], checks: [{}]}}" % ("a" * 64)
+
+
+@pytest.mark.parametrize(
+    ("check", "line"),
+    [
+        ("latency_ration", "field 'waivers.checks.0' is \"latency_ration\": no check is called so; did you mean "),
+        ("parity", "field 'waivers.checks.0' is \"parity\": what was not measured, or not lately, cannot be waived"),
+        ("champion", "field 'waivers.checks.0' is \"champion\": what was not measured"),
+        ("age_days", "field 'waivers.checks.0' is \"age_days\": what was not measured"),
+        ("parity_conditions", "field 'waivers.checks.0' is \"parity_conditions\": what was not measured"),
+        ("zzz", "field 'waivers.checks.0' is \"zzz\": no check is called so; allowed: top1_drop, "),
+    ],
+)
+def test_only_checks_that_exist_and_can_be_waived_are_named(check, line):
+    assert refusal(f"top1: {{max_drop: 0.01}}\n{OWNED.format(check)}", GatePolicy).startswith(line)
+
+
+def test_checks_of_users_metrics_are_known_by_the_metrics_that_the_policy_has():
+    policy = f"metrics: {{{{overlap: {{{{max_loss: 0.01}}}}}}}}\n{OWNED}"
+    assert parse_config(policy.format("overlap_change"), GatePolicy, "file").waivers is not None
+    assert "did you mean 'overlap_change'?" in refusal(policy.format("overlop_change"), GatePolicy)

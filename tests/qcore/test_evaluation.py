@@ -212,6 +212,12 @@ def test_a_metric_of_the_user_gives_a_number_per_sample():
     mean = UserMetric(name="mean", direction="lower", score=lambda out, y: out["y"].mean())
     with pytest.raises(DataError, match="metric mean gives float64 of shape \\(\\) for 7 samples"):
         evaluate(answers(ours), answers(base), feed(400, y, 7), Question(metrics=(mean,)))
+    first = UserMetric(name="first", direction="higher", score=lambda out, _: np.where(out["y"] > 0, np.inf, 0.0)[:, 0])
+    own = UserMetric(name="own", direction="higher", score=lambda out, _: np.full(len(out["y"]), np.nan))
+    with pytest.raises(DataError, match="metric own gives NaN for sample 0 with the outputs of the baseline; allowed"):
+        evaluate(answers(base), answers(base), feed(400, y, 7), Question(metrics=(own,)))
+    with pytest.raises(DataError, match="metric first gives infinity for sample"):
+        evaluate(answers(base), answers(base), feed(400, y, 7), Question(metrics=(first,)))
 
 
 @pytest.mark.parametrize("cuts", [(0, 400), (0, 7, 399, 400), tuple(range(0, 401, 50))])

@@ -17,10 +17,13 @@ from qcore.groups import Counts, Family, judge_groups, levels
 from qcore.numerics.bounds import paired_lower_bound
 from qcore.policy import Budgets, ErrorLimit, GatePolicy, GroupLimit, MetricLimit, ValueLimit
 from qcore.report import (
+    NOT_WAIVABLE,
+    UPPER_LIMITS,
     PairedCounts,
     decision_from_json,
 )
 from qcore.report_file import report_from_json
+from qcore.waiver_policy import CHECK_NAMES
 
 ONE_POINT = GatePolicy(top1=MetricLimit(max_drop=0.01))
 
@@ -278,6 +281,9 @@ def test_slices_are_judged_together_and_small_ones_are_named():
     required = GatePolicy(slices=GroupLimit(max_drop=0.02, min_support=100, require=True))
     strict = decide(grouped((1000, 1000, 10), (0, 3, 0)), required)
     assert strict.outcome == "fail"
+    assert strict.checks[0].reason.startswith(
+        "`require` asks for every group, and 1 cannot be judged: not judged, with"
+    )
     assert decision_from_json(strict.to_json()) == strict
 
 
@@ -366,7 +372,14 @@ EXPECTED = {name: json.loads(json.dumps(r.to_json())) for name, (r, _) in REPORT
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_a_whole_report_passes(name):
-    assert decide(report_from_json(EXPECTED[name]), REPORTS[name][1]).outcome == "pass"
+    decision = decide(report_from_json(EXPECTED[name]), REPORTS[name][1])
+    assert decision.outcome == "pass"
+    assert {c.name for c in decision.checks} <= set(CHECK_NAMES)
+
+
+def test_every_check_with_an_upper_limit_may_be_waived_or_never():
+    assert set(UPPER_LIMITS) <= {*CHECK_NAMES, *NOT_WAIVABLE}
+    assert not set(CHECK_NAMES) & set(NOT_WAIVABLE)
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -390,6 +403,11 @@ def test_no_field_of_a_report_can_be_left_out(name):
         if path[0] not in ("runtime", "machine") or len(path) == 1:
             with pytest.raises(GateRefused):
                 decide(report_from_json(damaged(EXPECTED[name], path, "deleted")), REPORTS[name][1])
+
+
+def test_the_part_of_a_shard_is_no_report_and_the_verb_that_merges_is_named():
+    with pytest.raises(GateRefused, match="run `qcore merge-reports` over the parts"):
+        report_from_json({"schema": "qcore.evaluation-part/2"})
 
 
 def test_a_report_of_an_older_qcore_is_refused_in_words():

@@ -104,7 +104,7 @@ def test_what_the_policy_asks_and_nobody_measured_fails_by_name():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_sha256": "7" * 64}, "about model 777"),
+        ({"model_sha256": "7" * 64}, "about model 7{12}, the evaluation"),
         ({"split_sha256": "7" * 64}, "about data 777"),
         ({"data": "other"}, "about data card and split other/evaluation"),
         ({"split": "test"}, "about data card and split d/test"),

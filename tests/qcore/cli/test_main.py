@@ -84,7 +84,7 @@ def test_a_gate_that_says_no_exits_with_3(files, tmp_path):
     gate = ["--report", tmp_path / "r.json", "--key", tmp_path / "k" / "gate.pem", "--out", tmp_path / "e.json"]
     done = qcore("gate", *gate)
     assert done.returncode == 3
-    assert "outcome: fail" in done.stdout
+    assert "outcome: fail (" in done.stdout
 
 
 def complaint(done, code):
@@ -300,6 +300,7 @@ def test_a_waiver_from_the_policy_to_the_repository(files, tmp_path):
     done = qcore(*gate, "--waiver", waiver, "--out", waived)
     assert done.returncode == 0, done.stderr
     assert "fail, waived" in done.stdout
+    assert "outcome: pass by waiver of size_ratio" in done.stdout
     assert "Ada waived size_ratio until" in done.stdout
     assert run(*verify, "--evidence", waived)["releasable"]
     assert run("publish", *shipped, "--evidence", waived, *where)["version"] == "1"

@@ -99,6 +99,30 @@ def test_a_pass_by_waiver_holds_until_it_expires(judged):
     assert "expired" in late.lapsed
 
 
+def test_what_was_counted_is_said_in_words_and_a_missing_key_with_how_to_make_one(judged, tmp_path):
+    said = {f.what: f.detail for f in judged.verify(judged.waived).findings}["decision"]
+    assert said.endswith(" checks and 1 waiver say")
+    plain = tmp_path / "plain.yaml"
+    plain.write_text("agreement: {min: 0.5}\n")
+    judged.decide(tmp_path / "one.json", policy=plain)
+    said = {f.what: f.detail for f in judged.verify(tmp_path / "one.json").findings}["decision"]
+    assert said == "pass, as its 1 check says"
+    with pytest.raises(ReleaseError, match=r"`qcore repo init`.*`qcore repo new-key`"):
+        judged.decide(tmp_path / "none.json", key=tmp_path / "none.pem")
+
+
+def test_a_budget_of_the_package_is_about_its_file(judged, tmp_path):
+    size, policy, out = judged.package.stat().st_size, tmp_path / "p.yaml", tmp_path / "e.json"
+    for limit, outcome in ((size, "pass"), (size - 1, "fail")):
+        policy.write_text(f"agreement: {{min: 0.5}}\nbudgets: {{package_bytes: {limit}}}\n")
+        (check,) = [c for c in judged.decide(out, policy=policy).checks if c.name == "package_bytes"]
+        assert (check.outcome, check.observed) == (outcome, size)
+        known = {**judged.files, "policy": policy}
+        assert states(judged.verify(out, **known))["decided again"] == "fits"
+        del known["package"]
+        assert states(judged.verify(out, **known))["decided again"] == "fits"
+
+
 def test_no_other_file_fits(judged, tmp_path):
     other = Judged.__new__(Judged)
     other.__dict__.update(judged.__dict__, policy=tmp_path / "p.yaml", package=tmp_path / "y.qpkg")
