@@ -71,7 +71,7 @@ def review(
         beside = steps.Beside(**paths, data=Path(data.path) if data else None)
         reports = [(n, Path(r.path)) for n, r in ((name, report), (other_name, other_report)) if r]
         out = steps.ReviewFiles(page=Path(page.path), markdown=Path(text.path), facts=Path(facts.path))
-        found = steps.review(reports=reports, out=out, beside=beside, title=title)
+        found = steps.review(reports=reports, out=out, beside=beside, title=title, rest="report/review.html")
         facts.metadata.update(file_facts(out.facts, "qcore-review"))
         t.tags({"qcore.review": found.outcome})
         track_review(t, page=out.page, markdown=out.markdown, facts=out.facts)

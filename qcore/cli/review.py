@@ -33,7 +33,9 @@ def review(
     table: Annotated[Files, typer.Option(help="Table of `qcore calibrate`; may be repeated.")] = None,
     package: Annotated[Files, typer.Option(help="What `qcore package` wrote; may be repeated.")] = None,
     data: Annotated[Path | None, typer.Option(help="Data card, for the names of the classes.")] = None,
-    title: Annotated[str, typer.Option(help="What the model is called; default: its file name, where known.")] = "",
+    title: Annotated[
+        str, typer.Option(help="What the model is called; default: its file or package name, where known.")
+    ] = "",
     as_json: opt.AsJson = False,
 ) -> None:
     """Write what a reviewer needs as a page without requests, as Markdown and as JSON."""
@@ -55,10 +57,13 @@ def review(
     )
     if as_json:
         written = {"output": str(files.page), "markdown": str(files.markdown), "facts": str(files.facts)}
-        print_json({"outcome": found.outcome, "verdict": found.verdict, "sure": found.sure, **written})
+        told = {"verdict": found.verdict, "sure": found.sure, "signature": found.signature}
+        print_json({"outcome": found.outcome, **told, **written})
         return
     _print_candidates(found)
     print(found.verdict)
+    if found.signature:
+        print(found.signature)
     print(found.sure)
     print(files.page)
 
@@ -76,6 +81,15 @@ def _print_candidates(review: Review) -> None:
         model = c.source.report.model
         value = review.measure.worth(c.source.report.metrics[review.measure.key])
         ratio = percent(model.size_bytes / review.baseline.size_bytes)
-        rows.append((c.label, value, f"{model.latency_ms.p50:.2f} ms", size(model.size_bytes), ratio, c.outcome or "-"))
+        rows.append(
+            (
+                c.label,
+                value,
+                f"{model.latency_ms.p50:.2f} ms",
+                size(model.size_bytes),
+                ratio,
+                "-" if c.outcome is None else c.stands,
+            )
+        )
     columns = ("candidate", review.measure.words, "latency p50", "size", "of float", "gate")
     print_table(f"{review.title}, {review.n} samples", columns, rows)

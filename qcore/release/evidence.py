@@ -54,6 +54,21 @@ def verify_evidence(envelope: bytes, keys: Sequence[Key]) -> GateDecision:
             type, the statement contradicts the decision inside it, or a waiver was not signed by its owner.
     """
     statement, _, _ = open_statement(envelope, KIND, keys)
+    return _agreeing(statement)
+
+
+def consistent_decision(envelope: bytes) -> GateDecision:
+    """Return the decision that `envelope` claims, **without checking who signed it**, for showing it as a claim.
+
+    Raises:
+        GateRefused: not an envelope of a decision, the statement contradicts the decision inside it, or a waiver was
+            not signed by its owner.
+    """
+    return _agreeing(read_payload(parse_envelope(envelope, KIND), KIND))
+
+
+def _agreeing(statement: Json) -> GateDecision:
+    """Return the decision inside `statement` if everything around it says the same."""
     decision = _decision(statement)
     expected = _statement(decision)
     for field in sorted(expected.keys() | statement.keys()):

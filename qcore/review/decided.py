@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from qcore.measured import Ratio
 from qcore.report import Check, Group
-from qcore.review.facts import Judged, Review, costs, digests, machine
+from qcore.review.facts import Judged, Review, costs, digests, machine, urgent_first
 from qcore.review.source import Step
 from qcore.review.tables import Section, Table, number_columns, rest_of, subject_first
 from qcore.review.wording import by_name, count, cut, listed, milliseconds, number, percent, size, times
@@ -18,6 +18,7 @@ COST_WORDS: Mapping[str, str] = {
     "latency_p95_ms": "latency, 95 %, 1 thread",
     "latency_runs": "timed runs",
     "size_bytes": "file size",
+    "package_bytes": "model's share of a package (zstd)",
 }
 
 
@@ -63,7 +64,7 @@ def _candidates(review: Review) -> Table:
         rows.append(
             (
                 cut(c.label, 60),
-                c.outcome or "not judged",
+                c.stands,
                 measure.worth(ours),
                 "" if theirs is None else measure.change(ours - theirs),
                 "" if agreement is None else percent(agreement),
@@ -82,13 +83,14 @@ def gate(review: Review) -> Section:
     for c in subject_first(review):
         if c.source.decision is None:
             continue
+        ranked = urgent_first(c.source.decision)
         header = ("check", "observed", "bound", "limit", "outcome", "reason")
         by = {name: waiver.owner.name for name, waiver in c.source.decision.waived.items()}
-        rows = tuple(_check(check, by.get(check.name)) for check in c.source.decision.checks)
+        rows = tuple(_check(check, by.get(check.name)) for check in ranked)
         right = number_columns(header, ("check", "outcome", "reason"))
         title, aside = f"Checks of {cut(c.label, 60)}", c is not review.judged
         tables.append(Table(title=title, header=header, rows=rows, right=right, aside=aside))
-        tables += [_groups(review, check, c) for check in c.source.decision.checks if check.groups]
+        tables += [_groups(review, check, c) for check in ranked if check.groups]
     silent = [c.label for c in review.candidates if c.source.decision is None]
     text = (
         "The bound is what the value is at worst at the stated confidence; a check passes where the bound keeps the "
@@ -120,6 +122,7 @@ def _groups(review: Review, check: Check, judged: Judged) -> Table:
         right=number_columns(header, ("group", "outcome", "reason")),
         more=rest_of(len(ranked), GROUPS_SHOWN, "group"),
         aside=judged is not review.judged,
+        minor=check.outcome == "pass",
     )
 
 
@@ -243,7 +246,7 @@ def _further_costs(review: Review) -> list[tuple[str, ...]]:
     ]
     deltas = [s.report.download for s in sources]
     rows.append(("download from the champion", "", *("" if d is None else size(d.delta_bytes) for d in deltas)))
-    rows += [("package, whole download", "", *packages), ("size inside a package", "", *packed)]
+    rows += [("package, whole download", "", *packages), ("model's share of a package, when made", "", *packed)]
     rows.append(("training", "", *("" if not v else milliseconds(1000 * v) for v in seconds)))
     return [row for row in rows if any(row[1:])]
 
@@ -274,7 +277,8 @@ def lineage(review: Review) -> Section:
         gated = decision.package
         text = f"Judged as the package of {cut(gated.family, 60)} {cut(gated.version, 60)} with the digest below."
     if shipped is not None:
-        text = f"Shipped: {cut(shipped.release, 120)}, {size(shipped.size_bytes)}, the package with the digest below."
+        said = f"Packaged: {cut(shipped.release, 120)}, {size(shipped.size_bytes)}, with the digest below."
+        text = f"{said} Whether it was published is not known here."
     return Section(key="lineage", title="What exactly was judged and shipped", text=text, tables=tuple(tables))
 
 

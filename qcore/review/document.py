@@ -26,6 +26,7 @@ def to_json(review: Review) -> Json:
         "outcome": review.outcome,
         "verdict": review.verdict,
         "sure": review.sure,
+        "signature": review.signature,
         "subject": review.judged.source.name,
         "measure": {
             "key": review.measure.key,
@@ -67,6 +68,7 @@ def _candidate(judged: Judged) -> Json:
         "layers": None if source.layers is None else asdict(source.layers),
         "parity": None if source.parity is None else source.parity.to_json(),
         "ranges": None if source.ranges is None else asdict(source.ranges),
+        "no_ranges": None if source.no_ranges is None else source.no_ranges.why,
         "package": None if source.package is None else asdict(source.package),
         "digests": dict(digests(judged)),
         "runtime": dict(report.runtime),

@@ -115,7 +115,7 @@ def range_plot(fit: RangeFit) -> str:
         axes.stairs(heights, edges, fill=True, color=SERIES[0], alpha=0.55)
         for end in (fit.low, fit.high):
             axes.axvline(end, color=LOST, linewidth=1.4, linestyle=(0, (4, 2)))
-        axes.set_ylabel("log10 of values")
+        axes.set_ylabel("log10 of the count")
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=8)
 

@@ -11,11 +11,15 @@ from typing import Literal
 from qcore.canonical import Digest, Json
 from qcore.measured import MeasuredModel
 from qcore.pareto.front import pareto_front
-from qcore.report import BUDGETS, Check, EvaluationReport, MeasuredData, Outcome
+from qcore.report import Check, EvaluationReport, GateDecision, MeasuredData, Outcome
 from qcore.review.source import Candidate, Sources
-from qcore.review.wording import by_name, count, cut, percent, points
+from qcore.review.wording import by_name, count, cut, listed, percent, points
 
 REVIEW_SCHEMA = "qcore.review/1"
+SURE = 3
+"""Checks that the sentence on how sure a verdict is speaks of."""
+
+UNCHECKED = "Signature not checked here: `qcore gate verify` does."
 
 Kind = Literal["share", "value", "decibel"]
 
@@ -111,18 +115,28 @@ class Judged:
         """The gate's outcome; None where it was not asked."""
         return None if self.source.decision is None else self.source.decision.outcome
 
+    @property
+    def stands(self) -> str:
+        """The gate's outcome in words; a pass that needed waivers says so."""
+        decision = self.source.decision
+        if decision is None:
+            return "not judged"
+        return "pass by waiver" if decision.outcome == "pass" and decision.waivers else decision.outcome
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Review:
     """What a reviewer reads.
 
     `subject` is the position of the candidate that the verdict is about: the first that passed the gate, else the
-    first that was judged, else the first one. `verdict` is one sentence, `sure` says how sure it is and why.
+    first that was judged, else the first one. `verdict` is one sentence, `sure` says how sure it is and why,
+    `signature` that nobody checked who signed the decisions; empty where somebody did, or there are none.
     """
 
     title: str
     verdict: str
     sure: str
+    signature: str
     subject: int
     measure: Measure
     baseline: MeasuredModel
@@ -178,6 +192,7 @@ def review(sources: Sources) -> Review:
         title=sources.title or _title(sources),
         verdict=_verdict(candidates[subject], measure),
         sure=_sure(candidates[subject]),
+        signature="" if sources.vouched or candidates[subject].outcome is None else UNCHECKED,
         subject=subject,
         measure=measure,
         baseline=first.baseline,
@@ -189,7 +204,11 @@ def review(sources: Sources) -> Review:
 
 
 def _title(sources: Sources) -> str:
-    named = [c.layers.baseline for c in sources.candidates if c.layers is not None]
+    """Return what a layer report calls the float model, what a package calls itself, or the digest."""
+    layers = [c.layers.baseline for c in sources.candidates if c.layers is not None]
+    packages = [c.package.release for c in sources.candidates if c.package is not None]
+    gated = [c.decision.package for c in sources.candidates if c.decision is not None]
+    named = [*layers, *packages, *(f"{p.family} {p.version}" for p in gated if p is not None)]
     return named[0] if named else f"model {sources.candidates[0].report.baseline.sha256[:12]}"
 
 
@@ -261,36 +280,58 @@ def _verdict(judged: Judged, measure: Measure) -> str:
         by = ", ".join(signed.waiver.owner.name for signed in decision.waivers)
         how = f" BY WAIVER of {cut(by, 80)}" if by else ""
         return f"PASS{how}: {name} may be released; {stands}."
-    open_checks = [c for c in decision.checks if c.outcome == decision.outcome]
-    which = ", ".join(cut(c.name, 40) for c in open_checks[:4]) or "a policy without checks"
+    waived = decision.waived
+    open_checks = [c.name for c in decision.checks if c.outcome == decision.outcome and c.name not in waived]
+    which = listed(open_checks, 4) or "a policy without checks"
     if decision.outcome == "fail":
         return f"FAIL: {name} must not be released, because of {which}; {stands}."
     return f"INCONCLUSIVE: the evidence is too thin to release {name} ({which}); {stands}."
+
+
+def urgent_first(decision: GateDecision) -> list[Check]:
+    """Return the checks of a decision: those that fail, are open, are waived, then those that pass."""
+    order = {"fail": 0, "inconclusive": 1, "pass": 3}
+    waived = decision.waived
+    return sorted(decision.checks, key=lambda c: 2 if c.name in waived else order[c.outcome])
 
 
 def _sure(judged: Judged) -> str:
     decision = judged.source.decision
     if decision is None:
         return "How sure: unknown, since nothing was tested against a policy. Run qcore gate on the report."
-    holds = all(c.outcome == "pass" for c in decision.checks)
-    said = "How sure: each check holds" if holds else "Tested"
-    said += f" at {100 * decision.confidence:.4g} % one-sided confidence on {decision.n:,} paired samples"
-    parts = [said, *(_bound(c) for c in decision.checks if c.name not in BUDGETS and c.bound != c.observed)][:4]
+    ranked = urgent_first(decision)
+    open_ = [c for c in ranked if c.outcome != "pass"]
+    bounded = [c for c in ranked if c.bound != c.observed]
+    told = open_ or bounded
+    parts = [f"How sure: {100 * decision.confidence:.4g} % one-sided confidence on {decision.n:,} paired samples"]
+    if not bounded:
+        parts = ["How sure: no check has a confidence bound; values are compared as they were measured"]
+    parts += [_bound(c, c.name in decision.waived) for c in told[:SURE]]
+    if len(told) > SURE:
+        parts.append(f"and {len(told) - SURE} more")
+    if bounded and (plain := [c.name for c in ranked if c.bound == c.observed and c not in told[:SURE]]):
+        parts.append(f"without a bound, compared as measured: {listed(plain, 3)}")
     more = max((c.needs_samples or 0 for c in decision.checks), default=0)
     if decision.outcome == "inconclusive" and more:
         parts.append(f"about {count(more, 'further sample')} would decide it at the observed rates")
     return "; ".join(parts) + "."
 
 
-def _bound(check: Check) -> str:
+def _bound(check: Check, waived: bool) -> str:
+    """Return what a check saw and what is allowed; its outcome, too, where it is not a pass."""
     observed, bound, limit = (by_name(check.name, v) for v in (check.observed, check.bound, check.limit))
-    return f"{cut(check.name, 40)} was seen at {observed} and is at worst {bound}, where {limit} is allowed"
+    outcome = "" if check.outcome == "pass" else f" ({check.outcome}{', waived' if waived else ''})"
+    worst = "" if check.bound == check.observed else f" and is at worst {bound}"
+    return f"{cut(check.name, 40)}{outcome} was seen at {observed}{worst}, where {limit} is allowed"
 
 
 def digests(judged: Judged) -> Mapping[str, Digest]:
     """Return every digest that the candidate's evidence is bound to, by what it is of."""
     source, report = judged.source, judged.source.report
-    found = {"candidate": report.model.sha256, "float model": report.baseline.sha256, "samples": report.data.sha256}
+    found = {"candidate": report.model.sha256}
+    if source.package is not None:
+        found["package"] = source.package.sha256
+    found |= {"float model": report.baseline.sha256, "samples": report.data.sha256}
     if source.decision is not None:
         stated = source.decision.to_json()
         said = {k.removesuffix("_sha256"): v for k, v in stated.items() if k.endswith("_sha256")}
@@ -303,8 +344,6 @@ def digests(judged: Judged) -> Mapping[str, Digest]:
         found["recipe"] = source.summary.recipe_sha256
     if source.ranges is not None:
         found |= {"calibrated model": source.ranges.calibrated, "calibration samples": source.ranges.data_sha256}
-    if source.package is not None:
-        found["package"] = source.package.sha256
     return found
 
 

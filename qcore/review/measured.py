@@ -159,11 +159,13 @@ def _grown(review: Review, judged: Judged) -> list[Table]:
 
 
 def ranges(review: Review) -> Section | None:
-    """Return the worst ranges; None without calibration tables."""
+    """Return the worst ranges, or why they are not drawn; None without calibration tables."""
     tables, said = [], []
     header = ("tensor", "chosen range", "observed", "beyond the range", "quantizer alone")
     for c in subject_first(review):
         found = c.source.ranges
+        if c.source.no_ranges is not None:
+            said.append(f"{cut(c.label, 60)}: {cut(c.source.no_ranges.why, 300)}")
         if found is None:
             continue
         rest = [f.tensor for f in found.fits[RANGES_SHOWN:]]
@@ -174,9 +176,10 @@ def ranges(review: Review) -> Section | None:
         right, aside = frozenset({1, 2, 3, 4}), c is not review.judged
         if rows:
             tables.append(Table(title=title, header=header, rows=rows, right=right, aside=aside))
-    if not tables:
+    if not said:
         return None
-    said.append("The last column is the signal over what clipping to the range and rounding within it cost.")
+    if tables:
+        said.append("The last column is the signal over what clipping to the range and rounding within it cost.")
     return Section(key="ranges", title="Calibration", text=" ".join(said), tables=tuple(tables))
 
 

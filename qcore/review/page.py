@@ -19,6 +19,7 @@ TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 BADGES = {
     "pass": "✓",
+    "pass by waiver": "≈",
     "fail": "✗",
     "inconclusive": "?",
     "not judged": "-",

@@ -131,6 +131,14 @@ class Ranges:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NoRanges:
+    """Why the ranges of one candidate are not drawn, in one sentence."""
+
+    model_sha256: Digest
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Package:
     """What devices download: digest and size of the file, and the release that it says it is."""
 
@@ -151,6 +159,7 @@ class Candidate:
     layers: Layers | None = None
     parity: "ParityReport | None" = None
     ranges: Ranges | None = None
+    no_ranges: NoRanges | None = None
     package: Package | None = None
 
     @property
@@ -167,7 +176,8 @@ class Candidate:
 class Sources:
     """All candidates, made from one float model and measured on the same samples.
 
-    `title` names the model; `classes` maps class numbers to names; both may be empty.
+    `title` names the model; `classes` maps class numbers to names; both may be empty. `vouched`: whoever asks has made
+    or verified the decisions; else the review says that nobody checked their signatures.
 
     Raises:
         DataError: no candidate, a name is used twice, or something is about another model or other samples.
@@ -176,6 +186,7 @@ class Sources:
     candidates: tuple[Candidate, ...]
     title: str = ""
     classes: Mapping[int, str] = field(default_factory=dict)
+    vouched: bool = False
 
     def __post_init__(self) -> None:
         """Hold that everything is about the same float model and samples."""
@@ -192,9 +203,11 @@ class Sources:
                 _refuse_other_decision(c, c.decision)
 
 
-def one_candidate(report: EvaluationReport, decision: GateDecision | None, name: str = "candidate") -> Sources:
-    """Return the sources of the review of one candidate alone."""
-    return Sources(candidates=(Candidate(name=name, report=report, decision=decision),))
+def one_candidate(
+    report: EvaluationReport, decision: GateDecision | None, name: str = "candidate", *, vouched: bool = False
+) -> Sources:
+    """Return the sources of the review of one candidate alone; `vouched` as in `Sources`."""
+    return Sources(candidates=(Candidate(name=name, report=report, decision=decision),), vouched=vouched)
 
 
 def shown_name(name: str) -> str:
@@ -223,7 +236,7 @@ def _refuse_other_measurement(candidate: Candidate, first: Candidate) -> None:
 
 def _refuse_other_model(candidate: Candidate) -> None:
     sha256 = candidate.report.model.sha256
-    kinds = ("summary", "layers", "parity", "ranges", "package")
+    kinds = ("summary", "layers", "parity", "ranges", "no_ranges", "package")
     for kind in kinds:
         attached = getattr(candidate, kind)
         if attached is not None and attached.model_sha256 != sha256:

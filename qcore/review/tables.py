@@ -17,7 +17,8 @@ class Table:
     """A titled table of text; every row has as many cells as the header, and columns in `right` hold numbers.
 
     `more` says how much is not in it. `aside`: it is about another candidate than the one that the verdict is about.
-    `over` are titles over several columns, each with their number; then `header` repeats them in front of `: `.
+    `minor`: it holds nothing that decides, and only the page shows it. `over` are titles over several columns, each
+    with their number; then `header` repeats them in front of `: `.
     """
 
     title: str
@@ -26,6 +27,7 @@ class Table:
     right: frozenset[int] = frozenset()
     more: str = ""
     aside: bool = False
+    minor: bool = False
     over: tuple[tuple[str, int], ...] = ()
 
 

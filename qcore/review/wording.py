@@ -39,8 +39,8 @@ def times(ratio: float) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number without a unit of its own."""
-    return f"{value:.4g}"
+    """Return a number without a unit of its own; whole ones as such."""
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
 
 
 def decibels(value: float) -> str:

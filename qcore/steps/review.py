@@ -1,6 +1,6 @@
 """The review on files: reports, decisions and what else is known about the candidates in; page, Markdown, JSON out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qcore.calibration import CalibrationTable
     from qcore.report import GateDecision
     from qcore.review.facts import Review
-    from qcore.review.source import Candidate, Package, Ranges
+    from qcore.review.source import Candidate, NoRanges, Package, Ranges
 
 PAGE, TEXT, FACTS = "review.html", "review.md", "review.json"
 
@@ -56,21 +56,29 @@ def review_paths(out: Path) -> ReviewFiles:
 
 
 def review(
-    *, reports: Sequence[tuple[str, Path]], out: ReviewFiles, beside: Beside | None = None, title: str = ""
+    *,
+    reports: Sequence[tuple[str, Path]],
+    out: ReviewFiles,
+    beside: Beside | None = None,
+    title: str = "",
+    rest: str = PAGE,
 ) -> "Review":
     """Return the review of all candidates, written to `out`.
 
-    The decisions' signatures are not checked here: nothing is released by a review.
+    The decisions' signatures are not checked here, and the review says so: nothing is released by a review. Where the
+    ranges of a model cannot be drawn, it says why instead.
 
     Args:
         reports: the name of each candidate, and its evaluation report.
         out: the three files.
         beside: what else is known.
-        title: what the model is called; default: what a layer report calls the float model, else its digest.
+        title: what the model is called; default: what a layer report calls the float model, else what its package is
+            called, else its digest.
+        rest: where readers of the Markdown find the page.
 
     Raises:
         DataError: a file is missing or damaged, or about another model or other samples than the reports.
-        GateRefused: a report or a decision is damaged.
+        GateRefused: a report or a decision is damaged, or a statement contradicts the decision inside it.
     """
     from qcore.files import write_atomic, write_json
     from qcore.review.document import to_json
@@ -85,7 +93,7 @@ def review(
     candidates = _candidates(reports, given)
     classes = {} if given.data is None else class_names(given.data, candidates[0].report.data.name)
     found = review_of(Sources(candidates=candidates, title=title, classes=classes))
-    page, text = to_html(found).encode(), to_markdown(found, rest=PAGE).encode()
+    page, text = to_html(found).encode(), to_markdown(found, rest=rest).encode()
     write_json(out.facts, to_json(found))
     write_atomic(out.markdown, text)
     write_atomic(out.page, page)
@@ -111,7 +119,7 @@ def _candidates(reports: Sequence[tuple[str, Path]], given: Beside) -> "tuple[Ca
         *(("summary", p, load_summary(p)) for p in given.summaries),
         *(("layers", p, load_layers(p)) for p in given.layers),
         *(("parity", p, load_parity(p)) for p in given.parity),
-        *(("ranges", p, _load_ranges(p, tables)) for p in given.models),
+        *(_ranges(p, tables) for p in given.models),
         *(("package", p, _load_package(p)) for p in given.packages),
     ]
     for kind, path, item in attached:
@@ -136,10 +144,10 @@ def _place_of(kind: str, path: Path, item: Any, made: "Sequence[Candidate]") -> 
 
 
 def _load_decision(path: Path) -> "GateDecision":
-    from qcore.release.evidence import claimed_decision
+    from qcore.release.evidence import consistent_decision
     from qcore.steps.guard import read_evidence
 
-    return claimed_decision(read_evidence(path))
+    return consistent_decision(read_evidence(path))
 
 
 def _load_package(path: Path) -> "Package":
@@ -166,22 +174,50 @@ def _tables(given: Beside) -> "list[CalibrationTable]":
     return [load_table(path) for path in given.tables]
 
 
-def _load_ranges(path: Path, tables: "Sequence[CalibrationTable]") -> "Ranges":
-    """Return how the ranges in the model file `path` fit the first of `tables` that knows its tensors."""
+def _ranges(path: Path, tables: "Sequence[CalibrationTable]") -> tuple[str, Path, Any]:
+    from qcore.review.source import Ranges
+
+    found = _load_ranges(path, tables)
+    return ("ranges" if isinstance(found, Ranges) else "no_ranges", path, found)
+
+
+def _load_ranges(path: Path, tables: "Sequence[CalibrationTable]") -> "Ranges | NoRanges":
+    """Return how the ranges in the model file `path` fit the first of `tables` that they were chosen from, or why not.
+
+    Tables of other samples than those that the file says it was calibrated with are left out.
+    """
     from qcore.canonical import sha256_bytes
+    from qcore.graph.history import read_history
     from qcore.graph.io import parse_model, read_model_bytes
     from qcore.graph.qdq import activation_ranges
     from qcore.review.histograms import ranges_of
+    from qcore.review.source import NoRanges
 
     raw = read_model_bytes(path)
-    chosen = activation_ranges(parse_model(raw, str(path)))
-    for table in tables:
-        if (fitted := ranges_of(sha256_bytes(raw), chosen, table)) is not None:
+    sha256, model = sha256_bytes(raw), parse_model(raw, str(path))
+    chosen = activation_ranges(model)
+    stated = {m.data["calibration"] for m in read_history(model) if "calibration" in m.data}
+    fitting = [t for t in tables if not stated or t.data_sha256 in stated]
+    for table in fitting:
+        if (fitted := ranges_of(sha256, chosen, table)) is not None:
             return fitted
-    raise DataError(
-        f"{path} quantizes {len(chosen)} activations, and no table knows one of them; pass the calibration table of "
-        "the float model that it was made from"
-    )
+    if not chosen:
+        why = "no histograms, because the model quantizes no activations."
+    elif fitting:
+        why = (
+            f"no histograms, because no table knows one of its {len(chosen)} quantized activations; pass the "
+            "calibration table of the float model that it was made from."
+        )
+    else:
+        why = (
+            f"no histograms, because the model says it was calibrated with samples {_short(sorted(stated))}, the "
+            f"tables are of {_short(t.data_sha256 for t in tables)}; pass the table that it was made with."
+        )
+    return NoRanges(model_sha256=sha256, why=why)
+
+
+def _short(digests: Iterable[str]) -> str:
+    return ", ".join(d[:12] for d in digests)
 
 
 def class_names(card: Path, data: str) -> dict[int, str]:

@@ -32,7 +32,7 @@ def track_decision(tracker: Tracker, decision: GateDecision, files: VerdictFiles
     from qcore.review.page import to_html  # plots: not for tasks that only track
 
     report = report_from_json(json.loads(files.report.read_bytes()))
-    content = review(one_candidate(report, decision))
+    content = review(one_candidate(report, decision, vouched=True))  # the gate made it just now
     text = to_markdown(content, rest="report/report.html")
     write_atomic(files.markdown, text.encode())
     write_atomic(files.html, to_html(content).encode())

@@ -12,9 +12,12 @@ from reviewing import classified, drawn, everything, regression
 from qcore.errors import DataError
 from qcore.gate import decide
 from qcore.policy import ErrorLimit, GatePolicy, MetricLimit
+from qcore.report import Check
 from qcore.review.confusion import FEW, OTHERS, WORST, confusion_matrix, log_confusion
 from qcore.review.facts import costs, digests, review
+from qcore.review.sections import sections
 from qcore.review.source import Candidate, Sources, one_candidate
+from qcore.review.wording import by_name
 
 few = st.integers(0, 3)
 
@@ -79,6 +82,31 @@ def test_the_verdict_is_about_the_best_outcome_and_says_how_sure_it_is():
     assert f"{100 * check.bound:+.2f} points" in said.sure
     assert "95 % one-sided" in said.sure
     assert "2,000 paired samples" in said.sure
+
+
+def test_no_confidence_is_claimed_for_what_has_no_bound():
+    passes = judged_by(0.1, n=2000, changed=0.02, model="3" * 64)
+    exact = Check(name="size_bytes", outcome="pass", observed=9.0, bound=9.0, limit=12_021_760.0, reason="r")
+    both = replace(passes.decision, checks=(exact, *passes.decision.checks))
+    said = review(Sources(candidates=(replace(passes, decision=both),))).sure
+    assert "top1_drop was seen at" in said
+    assert "without a bound, compared as measured: size_bytes" in said
+    said = review(Sources(candidates=(replace(passes, decision=replace(both, checks=(exact,))),))).sure
+    assert "%" not in said
+    assert "no check has a confidence bound" in said
+
+
+@pytest.mark.parametrize(("value", "text"), [(12_021_760.0, "12,021,760"), (7.0, "7"), (0.0, "0"), (0.12345, "0.1235")])
+def test_whole_numbers_are_shown_as_such(value, text):
+    assert by_name("conditions", value) == text
+
+
+def test_what_was_built_is_packaged_and_names_the_model():
+    whole = replace(everything("a", drawn()), layers=None)
+    found = review(Sources(candidates=(whole,)))
+    (lineage,) = (s for s in sections(found) if s.key == "lineage")
+    assert lineage.text.startswith("Packaged: parts 1.0.0, ")
+    assert found.title == "parts 1.0.0"
 
 
 def test_names_say_how_a_candidate_was_made():

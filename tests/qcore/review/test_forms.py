@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -10,12 +11,13 @@ from hypothesis import strategies as st
 from reviewing import classified, drawn, everything, regression
 
 from qcore.canonical import canonical_json
+from qcore.report import Check, Group, outcome_of
 from qcore.review.document import to_json
-from qcore.review.facts import review
+from qcore.review.facts import digests, review
 from qcore.review.markdown import DESCRIPTION, to_markdown
 from qcore.review.page import to_html
 from qcore.review.sections import sections
-from qcore.review.source import Candidate, Sources, one_candidate
+from qcore.review.source import Candidate, NoRanges, Sources, one_candidate
 
 NASTY = '</title><script>alert(1)</script><img src=x onerror="alert(2)">|`x`*b*[l](http://evil)\n# h $\\frac{x$ &amp;'
 
@@ -136,7 +138,78 @@ def test_a_description_answers_the_six_questions_and_fits():
     assert "a" * 64 in text
 
 
+QUESTIONS = (
+    "Float and candidates",
+    "Gate",
+    "What changed",
+    "What it costs",
+    "What exactly was judged and shipped",
+    "Who may override",
+)
+
+
+def many_checks(outcomes) -> Sources:
+    """Return one candidate under a decision of many checks, each with groups."""
+    whole = everything("a", drawn())
+    checks = tuple(
+        Check(
+            name=f"check{k}_drop",
+            outcome=outcome,
+            observed=-0.02,
+            bound=-0.03,
+            limit=-0.05 if outcome == "pass" else -0.01,
+            reason=f"reason of check {k} " * 8,
+            groups=tuple(
+                Group(name=f"class {g}", support=30, outcome=outcome, observed=0.0, bound=-0.1, reason="few " * 30)
+                for g in range(18)
+            ),
+        )
+        for k, outcome in enumerate(outcomes)
+    )
+    decision = replace(whole.decision, checks=checks, outcome=outcome_of(checks))
+    return Sources(candidates=(replace(whole, decision=decision),))
+
+
+def test_a_description_shows_what_fails_first_and_answers_every_question():
+    text = to_markdown(review(many_checks(["pass"] * 30 + ["fail"] * 2 + ["inconclusive"])))
+    assert len(text) <= DESCRIPTION
+    (checks,) = (t for t in tables_of(text) if t[0].startswith("| check |"))
+    assert [re.match(r"\| check(\d+)_drop", line)[1] for line in checks[2:5]] == ["30", "31", "32"]
+    assert all(f"### {title}\n" in text for title in QUESTIONS)
+    assert "30 tables of groups that pass" in text
+    sure = review(many_checks(["pass"] * 30 + ["fail"] * 2 + ["inconclusive"] * 3)).sure
+    assert "check30_drop (fail) was seen at -2.00 points and is at worst -3.00 points" in sure
+    assert "and 2 more" in sure
+
+
+def test_only_a_decision_that_somebody_vouches_for_is_shown_without_a_warning():
+    whole = both()
+    shown, vouched = review(whole), review(replace(whole, vouched=True))
+    said = "Signature not checked here: `qcore gate verify` does."
+    assert said == shown.signature == to_json(shown)["signature"]
+    assert said in to_markdown(shown)
+    assert said in Page(to_html(shown)).text
+    assert "ignature not checked" not in to_markdown(vouched) + to_html(vouched)
+
+
+def test_why_there_are_no_histograms_is_said():
+    whole = everything("a", drawn())
+    why = NoRanges(model_sha256="a" * 64, why="no histograms, because it is so.")
+    found = review(Sources(candidates=(replace(whole, ranges=None, no_ranges=why),)))
+    assert "no histograms, because it is so." in Page(to_html(found)).text
+    assert "calibration samples" not in digests(found.judged)
+
+
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=300)
+
+
+@pytest.mark.parametrize("fails", [1, 10, 40])
+def test_the_six_questions_are_there_however_much_fails(fails):
+    text = to_markdown(review(many_checks(["fail"] * fails + ["pass"] * 9)))
+    assert len(text) <= DESCRIPTION
+    assert [len(re.findall(f"^### {t}$", text, re.MULTILINE)) for t in QUESTIONS] == [1] * len(QUESTIONS)
+    (checks,) = (t for t in tables_of(text) if t[0].startswith("| check |"))
+    assert "| fail |" in checks[2]
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,12 +1,18 @@
 """The review on files: each is put to the candidate it is about; what does not belong leaves no output behind."""
 
+import base64
 import json
 
+import numpy as np
+import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from reviewing import drawn, everything
 
 from qcore.calibration import calibrate, save_table
+from qcore.canonical import sha256_bytes
 from qcore.errors import ConfigError, DataError, GateRefused
+from qcore.graph.history import Making, serialize_made
 from qcore.release.evidence import sign_decision
 from qcore.release.keys import create_keys, load_signer
 from qcore.steps import Beside, review, review_paths
@@ -77,3 +83,63 @@ def test_an_input_is_never_an_output(files):
     (files / "review.json").write_bytes((files / "ptq.json").read_bytes())
     with pytest.raises(ConfigError, match="is also an input"):
         review(reports=[("ptq", files / "review.json")], out=out)
+
+
+def test_a_statement_that_contradicts_itself_is_refused(files):
+    path = files / "ptq.evidence"
+    envelope = json.loads(path.read_bytes())
+    statement = json.loads(base64.b64decode(envelope["payload"]))
+    statement["predicate"]["result"] = "FAILED"
+    envelope["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
+    path.write_text(json.dumps(envelope))
+    with pytest.raises(GateRefused, match="predicate contradicts the decision inside it"):
+        review(reports=reports(files)[:1], out=review_paths(files / "out"), beside=Beside(evidence=[path]))
+
+
+def made_model(folder, quantized: bool, calibrated: str | None) -> str:
+    """Write a model that says what it was calibrated with, and the report on it; return its digest."""
+    pair = [
+        helper.make_node("QuantizeLinear", ["x", "s"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        pair if quantized else [helper.make_node("Relu", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])],
+        [numpy_helper.from_array(np.array(0.5, np.float32), "s")],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    making = Making(
+        made_from=A,
+        recipe="r",
+        recipe_sha256=A,
+        steps=("quantize",),
+        target=None,
+        data={} if calibrated is None else {"calibration": calibrated},
+        qcore_version="0",
+    )
+    raw = serialize_made(model, making)
+    (folder / "m.onnx").write_bytes(raw)
+    (folder / "m.json").write_text(json.dumps(drawn(model=sha256_bytes(raw)).to_json()))
+    return sha256_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("quantized", "calibrated", "tensor", "says"),
+    [
+        (True, C, "x", None),
+        (False, None, "x", "the model quantizes no activations"),
+        (True, C, "z", "no table knows one of its 1 quantized activations"),
+        (True, A, "x", f"calibrated with samples {A[:12]}, the tables are of {C[:12]}"),
+    ],
+)
+def test_ranges_that_cannot_be_drawn_stop_no_review(tmp_path, quantized, calibrated, tensor, says):
+    made_model(tmp_path, quantized, calibrated)
+    values = np.array([[0.1, 0.5, 1.0, 2.0]], np.float32)
+    save_table(calibrate([(1, {tensor: values})], model_sha256=A, data_sha256=C), tmp_path / "table")
+    beside, out = Beside(models=[tmp_path / "m.onnx"], tables=[tmp_path / "table"]), review_paths(tmp_path / "out")
+    source = review(reports=[("m", tmp_path / "m.json")], out=out, beside=beside).judged.source
+    assert (source.ranges is None) == (says is not None)
+    if says is not None:
+        assert says in out.page.read_text()

@@ -81,6 +81,7 @@ def test_a_reader_learns_who_may_override_and_who_did() -> None:
     content = review(one_candidate(report(), overridden(failed, [waiver], when)))
     text = to_markdown(content)
     assert text.startswith("**PASS BY WAIVER of Ada &lt;b&gt;: ")
+    assert "| pass by waiver |" in text
     assert "| top1_drop | a \\| launch | 2026-11-03T00:00:00Z | 2026-11-05T00:00:00Z |" in text
     assert "<b>" not in to_html(content)
 
