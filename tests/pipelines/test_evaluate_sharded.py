@@ -27,7 +27,7 @@ def timeless(path):
     for part in (value, value["model"], value["baseline"]):
         for name in ("latency_ms", "latency_all_cores_ms", "cold_start_ms", "peak_memory_bytes"):
             part.pop(name, None)
-    return {k: v for k, v in value.items() if k not in ("rounds", "ratios", "machine")}
+    return {k: v for k, v in value.items() if k not in ("rounds", "ratios", "machine", "measured_at")}
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from simulators import World, decision, make_world, now, package_source, run_python
+from simulators import World, about, make_world, now, package_source, run_python
 
 from qcore.device.updater import check, install
 from qcore.release.evidence import sign_decision
@@ -49,7 +49,7 @@ def test_a_publisher_killed_after_any_durable_operation_leaves_the_old_or_the_ne
         publish_release(world.store, submission, world.keys, now=now())  # the next one works, and nothing is lost
         assert check(world.device("watcher")).release.version == version
     # S3: package, evidence, pointer, models, channel, snapshot, timestamp; a folder: several steps for each of them
-    assert len(seen) == 7 if location.startswith("s3://") else len(seen) > 20
+    assert len(seen) == 8 if location.startswith("s3://") else len(seen) > 20
     assert seen == sorted(seen), "from one operation on the new state is there"
     assert set(seen) == {False, True}
     role = load_trusted(world.store, world.keys.pinned_root.read_bytes()).delegated["models-digits"]
@@ -77,7 +77,7 @@ def _publish_many(folder: Path, location: str, worker: int, versions: int) -> No
         version = f"{worker}.{i}.0"
         source = package_source(folder / f"w{worker}", version, seed=worker * 100 + i)
         package = build_package(source, folder / f"{version}.qpkg")
-        evidence = sign_decision(decision(package.manifest.model_sha256), keys.signer("gate"))
+        evidence = sign_decision(about(package), keys.signer("gate"))
         publish_release(store, Submission(package=package.path, evidence=evidence), keys, now=now())
 
 
