@@ -84,7 +84,7 @@ def gate(review: Review) -> Section:
         if c.source.decision is None:
             continue
         ranked = urgent_first(c.source.decision)
-        header = ("check", "observed", "bound", "limit", "outcome", "reason")
+        header = ("check", "outcome", "observed", "bound", "limit", "reason")  # on a phone the first two are seen
         by = {name: waiver.owner.name for name, waiver in c.source.decision.waived.items()}
         rows = tuple(_check(check, by.get(check.name)) for check in ranked)
         right = number_columns(header, ("check", "outcome", "reason"))
@@ -107,7 +107,7 @@ def _check(check: Check, by: str | None) -> tuple[str, ...]:
     values = (by_name(check.name, v) for v in (check.observed, check.bound, check.limit))
     more = "" if check.needs_samples is None else f"; about {count(check.needs_samples, 'more sample')} would decide"
     waiver = "" if by is None else f"waived by {cut(by, 60)}: "
-    return (cut(check.name, 60), *values, check.outcome, waiver + cut(check.reason) + more)
+    return (cut(check.name, 60), check.outcome, *values, waiver + cut(check.reason) + more)
 
 
 def _groups(review: Review, check: Check, judged: Judged) -> Table:
